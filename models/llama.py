@@ -1,0 +1,223 @@
+"""The LLaMA decoder in Flax NNX: LLaMA 1/2/3, CodeLlama, SmolLM2, Mistral.
+
+B batch, T tokens in this call, V vocabulary, D model width, F feed-forward width, L layers,
+N query heads, K KV heads, H head_dim. Weights stand input dimension first; fused ones keep the fused
+axis apart, so that a sharded axis is never cut across two of its parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdecode.models.config import LlamaConfig
+from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.models.rope import apply_rope, rope_table
+from jaxdecode.pallas_kernels import decode_attention
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What every layer of one call shares.
+
+    Attributes:
+      num_tokens: [B] int32, real tokens of each row in this call.
+      cos, sin: [B, T, 1, H / 2] rotations at the tokens' positions.
+      implementation, num_splits: passed to decode_attention.
+    """
+
+    num_tokens: Array
+    cos: Array
+    sin: Array
+    implementation: str | None
+    num_splits: int | None
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in float32."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any):
+        self.scale = nnx.Param(jnp.ones(config.embed_dim, dtype))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * _wide(self.scale, x)
+
+
+class Attention(nnx.Module):
+    """Rotary grouped-query attention against the cache, to which it first appends its own tokens."""
+
+    def __init__(self, config: LlamaConfig, layer: int, rngs: nnx.Rngs, dtype: Any):
+        D, N, K, H = config.embed_dim, config.num_q_heads, config.num_kv_heads, config.head_dim
+        self.q = _weight(rngs, (D, N, H), D, dtype)
+        self.kv = _weight(rngs, (D, 2, K, H), D, dtype)
+        self.o = _weight(rngs, (N, H, D), N * H, dtype)
+        self.layer = layer
+        self.window = config.window
+
+    def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
+        q = apply_rope(jnp.einsum("btd,dnh->btnh", x, self.q[...]), step.cos, step.sin)
+        kv = jnp.einsum("btd,dckh->btckh", x, self.kv[...])
+        k, v = apply_rope(kv[:, :, 0], step.cos, step.sin), kv[:, :, 1]
+        cache = cache.append(self.layer, k, v, step.num_tokens)
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        out = decode_attention(
+            q.astype(keys.dtype), keys, values, cache.lengths + step.num_tokens,
+            q_start=cache.lengths, window=self.window,
+            implementation=step.implementation, num_splits=step.num_splits,
+        )  # fmt: skip
+        return jnp.einsum("btnh,nhd->btd", out.astype(x.dtype), self.o[...]), cache
+
+
+class Mlp(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: Any):
+        D, F = config.embed_dim, config.ffw_dim
+        self.gate_up = _weight(rngs, (D, 2, F), D, dtype)
+        self.down = _weight(rngs, (F, D), F, dtype)
+
+    def __call__(self, x: Array) -> Array:
+        gate_up = jnp.einsum("btd,dcf->btcf", x, self.gate_up[...])
+        hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return jnp.einsum("btf,fd->btd", hidden, self.down[...])
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, config: LlamaConfig, layer: int, rngs: nnx.Rngs, dtype: Any):
+        self.attn_norm = RMSNorm(config, dtype)
+        self.attn = Attention(config, layer, rngs, dtype)
+        self.mlp_norm = RMSNorm(config, dtype)
+        self.mlp = Mlp(config, rngs, dtype)
+
+    def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
+        attended, cache = self.attn(self.attn_norm(x), cache, step)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """A LLaMA-family decoder. `Llama(config)` makes random weights; `jaxdecode.load` reads real ones."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs | None = None, dtype: Any = None):
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        dtype = config.dtype if dtype is None else dtype
+        D, V = config.embed_dim, config.vocab_size
+        self.config = config
+        self.embed = _weight(rngs, (V, D), D, dtype)
+        self.layers = nnx.List([Block(config, i, rngs, dtype) for i in range(config.num_layers)])
+        self.final_norm = RMSNorm(config, dtype)
+        self.head = None if config.tie_embeddings else _weight(rngs, (D, V), D, dtype)
+
+    def __call__(
+        self, tokens: Array, cache: KVCache, *,
+        num_tokens: Array | None = None,
+        logits: Literal["all", "last"] = "all",
+        implementation: str | None = None,
+        num_splits: int | None = None,
+    ) -> tuple[Array, KVCache]:  # fmt: skip
+        """Runs new tokens through the decoder and appends them to the cache.
+
+        Args:
+          tokens: [B, T] int32, right-padded. Row b's tokens stand at positions cache.lengths[b] on.
+          cache: from `init_cache` or an earlier call; donate it to a jitted step.
+          num_tokens: [B] int32, real tokens of each row (0: idle). None: all T.
+          logits: "all", or "last" for each row's last real token only.
+          implementation, num_splits: as in `jaxdecode.decode_attention`.
+
+        Returns:
+          (logits [B, T, V] float32, or [B, 1, V] for "last"; cache, longer by num_tokens).
+        """
+        B, T = tokens.shape
+        if logits not in ("all", "last"):
+            raise ValueError(f"logits must be 'all' or 'last', found {logits!r}")
+        if cache.batch_size != B:
+            raise ValueError(f"tokens has {B} rows but the cache {cache.batch_size}")
+        num_tokens = jnp.full(B, T, jnp.int32) if num_tokens is None else num_tokens
+        positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        cos, sin = rope_table(self.config, positions)
+        step = Step(num_tokens, cos, sin, implementation, num_splits)
+        x = self.embed[...][tokens]
+        for block in self.layers:
+            x, cache = block(x, cache, step)
+        if logits == "last":
+            last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+            x = jnp.take_along_axis(x, last, axis=1)
+        return self._logits(self.final_norm(x)), cache.advance(num_tokens)
+
+    def _logits(self, x: Array) -> Array:
+        if self.head is None:
+            return jnp.einsum(
+                "btd,vd->btv", x, self.embed[...], preferred_element_type=jnp.float32
+            )
+        return jnp.einsum("btd,dv->btv", x, self.head[...], preferred_element_type=jnp.float32)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of the weights."""
+        return self.embed[...].dtype
+
+    def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> KVCache:
+        """An empty cache for `batch_size` sequences of up to `capacity` tokens, in the weights' dtype."""
+        return KVCache.create(self.config, batch_size, capacity, dtype or self.dtype)
+
+    def params(self) -> dict[str, Array]:
+        """The weights by dotted name, in the order of `param_shapes`."""
+        flat = {_dotted(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(self))}
+        return {name: flat[name] for name in param_shapes(self.config)}
+
+    @classmethod
+    def from_params(cls, config: LlamaConfig, params: dict[str, Array]) -> Llama:
+        """A model of given weights, by the names and shapes of `param_shapes`; makes no random ones."""
+        shapes = param_shapes(config)
+        for name in sorted(shapes.keys() | params.keys()):
+            found = params[name].shape if name in params else None
+            if name not in shapes or found != shapes[name]:
+                raise ValueError(f"parameter {name}: found {found}, expected {shapes.get(name)}")
+        graph, state = nnx.split(nnx.eval_shape(lambda: cls(config)))
+        flat = [(path, leaf.replace(params[_dotted(path)])) for path, leaf in nnx.to_flat_state(state)]
+        return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Dotted name -> shape of every weight of `Llama(config)`, from the embedding to the head."""
+    D, F, V = config.embed_dim, config.ffw_dim, config.vocab_size
+    N, K, H = config.num_q_heads, config.num_kv_heads, config.head_dim
+    assert H is not None
+    shapes: dict[str, tuple[int, ...]] = {"embed": (V, D)}
+    for i in range(config.num_layers):
+        shapes |= {
+            f"layers.{i}.attn_norm.scale": (D,),
+            f"layers.{i}.attn.q": (D, N, H),
+            f"layers.{i}.attn.kv": (D, 2, K, H),
+            f"layers.{i}.attn.o": (N, H, D),
+            f"layers.{i}.mlp_norm.scale": (D,),
+            f"layers.{i}.mlp.gate_up": (D, 2, F),
+            f"layers.{i}.mlp.down": (F, D),
+        }
+    shapes["final_norm.scale"] = (D,)
+    if not config.tie_embeddings:
+        shapes["head"] = (D, V)
+    return shapes
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: Any) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
+
+
+def _wide(scale: nnx.Param, x: Array) -> Array:
+    return scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)

@@ -1,0 +1,81 @@
+"""Merging attention results over disjoint parts of the keys.
+
+Softmax attention over a union of key sets is the average of the attentions over the sets, weighted
+by exp(lse): the reduction step of Flash-Decoding. B batch, T query tokens, N query heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def combine_partials(
+    out: Array, lse: Array, axis: int = 0, *, axis_name: str | tuple[str, ...] | None = None
+) -> tuple[Array, Array]:
+    """Merges partial attention results into the attention over all of their keys.
+
+    Works over an array axis, or over a mesh axis inside `jax.shard_map`, where each device holds one
+    part and all receive the merged result. Differentiable; arithmetic is float32.
+
+    Args:
+      out: [..., H], each part normalised by its own softmax sum.
+      lse: [...], natural-log log-sum-exp of each part's logits. A part with -inf holds no key and
+        adds nothing, whatever its `out` holds (NaN too).
+      axis: dimension of `lse` that counts the parts. Not used with `axis_name`.
+      axis_name: mesh axis (or axes) over which the parts are spread.
+
+    Returns:
+      (out, lse) without that axis: out in the dtype given, lse float32. Without any key in any part
+      out is 0 and lse is -inf.
+
+    Raises:
+      ValueError: shapes do not fit, or both `axis` and `axis_name` are given.
+    """
+    if out.shape[:-1] != lse.shape:
+        raise ValueError(
+            f"combine_partials: out must have lse's shape plus head_dim, found out {out.shape} and lse {lse.shape}"
+        )
+    if axis_name is None:
+        if not -lse.ndim <= axis < lse.ndim:
+            raise ValueError(f"combine_partials: axis={axis} is not a dimension of lse {lse.shape}")
+        axis = axis % lse.ndim
+        return _merge(out, lse, lambda x: x.max(axis, keepdims=True), lambda x: x.sum(axis))
+    if axis != 0:
+        raise ValueError(f"combine_partials: give axis={axis} or axis_name={axis_name!r}, not both")
+    return _merge(out, lse, lambda x: lax.pmax(x, axis_name), lambda x: lax.psum(x, axis_name))
+
+
+def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Adds one logit per head with a zero value to a finished attention result.
+
+    Args:
+      out: [B, T, N, H] float32; lse: [B, T, N] float32; sinks: [N].
+
+    Returns:
+      (out, lse) with the sink counted. Rows without any visible key get out = 0, lse = sink.
+    """
+    sinks = jnp.broadcast_to(sinks.astype(jnp.float32)[None, None, :], lse.shape)
+    return combine_partials(
+        jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sinks])
+    )
+
+
+def _merge(out, lse, max_over_parts, sum_over_parts):
+    """`max_over_parts` keeps the parts' axis so that it broadcasts; `sum_over_parts` drops it."""
+    lse = lse.astype(jnp.float32)
+    # The result does not depend on the shift, so it needs no gradient (and pmax has none).
+    top = max_over_parts(lax.stop_gradient(lse))
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weight = jnp.exp(lse - top)
+    # Selected before the product: 0 * NaN would poison the sum, and its gradient.
+    safe_out = jnp.where(lse[..., None] == -jnp.inf, 0.0, out.astype(jnp.float32))
+    total = sum_over_parts(weight)
+    empty = total == 0.0
+    divisor = jnp.where(empty, 1.0, total)
+    merged = sum_over_parts(weight[..., None] * safe_out) / divisor[..., None]
+    merged_lse = jnp.where(empty, -jnp.inf, jnp.log(divisor) + top.reshape(total.shape))
+    return merged.astype(out.dtype), merged_lse
