@@ -1,0 +1,116 @@
+"""A strict session: no silent promotions, eight CPU devices, and in CI nothing is skipped."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import hypothesis
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CI = os.environ.get("CI") == "true"
+
+# Compiling takes longer than any deadline. In CI the examples are the same every time.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if CI else "local")
+
+
+def pytest_configure(config):
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_num_cpu_devices", 8)
+    if selects_gpu(config.option.markexpr):
+        if jax.default_backend() != "gpu":
+            raise pytest.UsageError("-m gpu needs a GPU, and JAX found none")
+    else:
+        # On a machine with a GPU too, and in the processes that tests start.
+        jax.config.update("jax_platforms", "cpu")
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def selects_gpu(expression: str) -> bool:
+    """Whether a marker expression such as "gpu and not slow" asks for the GPU tests."""
+    return bool(re.search(r"(?<!not )\bgpu\b", expression))
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of the two lower rooms: test_<module>.py and test_<module>_<what>.py."""
+    rooms = [ROOT / "models", ROOT / "pallas_kernels"]
+    modules = [path.stem for room in rooms for path in room.glob("[!_]*.py")]
+    for item in items:
+        if any(f"{item.path.stem}_".startswith(f"test_{module}_") for module in modules):
+            item.add_marker("contract")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    return fail_if_skipped(report) if CI else report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    return fail_if_skipped(report) if CI else report
+
+
+def fail_if_skipped(report):
+    """In CI a skipped test is a hole that nobody sees. An expected failure is not a skip."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI=true does not allow: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def project_root() -> pathlib.Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def project_files() -> list[pathlib.Path]:
+    """The project's own files and links, relative to the root, whether or not there is a git."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        names = {pathlib.Path(name) for name in listed.split("\0") if name}
+    except (OSError, subprocess.CalledProcessError):
+        names = set()
+    names = names or set(_walk(ROOT))
+    return sorted(name for name in names if os.path.lexists(ROOT / name))
+
+
+@pytest.fixture(scope="session")
+def copy_tree(project_files):
+    """copy_tree(target, links=True) copies the project; without links it is as a zip holds it."""
+
+    def copy(target: pathlib.Path, links: bool = True) -> pathlib.Path:
+        for name in project_files:
+            source, copied = ROOT / name, target / name
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            if not source.is_symlink():
+                shutil.copy2(source, copied)
+            elif links:
+                copied.symlink_to(source.readlink())
+            else:
+                copied.write_text(str(source.readlink()))
+        return target
+
+    return copy
+
+
+def _walk(folder: pathlib.Path):
+    for path in folder.iterdir():
+        if path.name in ("__pycache__", "build", "dist") or path.name.endswith(".egg-info"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if path.name == ".ci" or not path.name.startswith("."):
+                yield from _walk(path)
+        else:
+            yield path.relative_to(ROOT)
