@@ -1,4 +1,4 @@
-"""Flash-Decoding in JAX: decode attention at the speed of the memory, and a LLaMA decoder around it."""
+"""Flash-Decoding in JAX: decode attention at the speed of the memory, and a LLaMA decoder on it."""
 
 from __future__ import annotations
 

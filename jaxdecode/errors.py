@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class DecodeError(ValueError):
-    """Base of every error that a user's input or file causes. The CLI prints it in one line and exits 2."""
+    """Base of every error that a user's input or file causes; the command line exits with 2."""
 
 
 class RequestError(DecodeError):

@@ -52,7 +52,8 @@ class RopeScaling:
         _check_number("high_freq_factor", self.high_freq_factor, 1e-6, 1e6)
         if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
+                f"low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
             )
         _check_number("beta_fast", self.beta_fast, 1e-6, 1e6)
         _check_number("beta_slow", self.beta_slow, 1e-6, 1e6)
@@ -91,7 +92,7 @@ class LlamaConfig:
     num_layers: int
     num_q_heads: int
     num_kv_heads: int
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # an int once __post_init__ has run
     max_positions: int = 2048
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
@@ -111,12 +112,14 @@ class LlamaConfig:
         _check_integer("num_kv_heads", self.num_kv_heads, 1, 4096)
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+                f"num_q_heads={self.num_q_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}"
             )
         if self.head_dim is None:
             if self.embed_dim % self.num_q_heads:
                 raise ValueError(
-                    f"embed_dim={self.embed_dim} is not a multiple of num_q_heads={self.num_q_heads}; give head_dim"
+                    f"embed_dim={self.embed_dim} is not a multiple of "
+                    f"num_q_heads={self.num_q_heads}; give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_q_heads)
         _check_integer("head_dim", self.head_dim, 2, 4096)
@@ -167,36 +170,38 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name} must be a number from {low} to {high}, found {value!r}")
 
 
-_LLAMA_2 = dict(vocab_size=32_000, max_positions=4096, dtype="float16", bos_id=1, eos_ids=(2,))
-_CODELLAMA = dict(max_positions=16_384, rope_theta=1e6, dtype="bfloat16", bos_id=1, eos_ids=(2,))
+_LLAMA_2 = LlamaConfig(
+    vocab_size=32_000, embed_dim=4096, ffw_dim=11_008, num_layers=32,
+    num_q_heads=32, num_kv_heads=32, max_positions=4096, dtype="float16", bos_id=1, eos_ids=(2,),
+)  # fmt: skip
+_CODELLAMA = dataclasses.replace(
+    _LLAMA_2, vocab_size=32_016, max_positions=16_384, rope_theta=1e6, dtype="bfloat16"
+)
 
 PRESETS: dict[str, LlamaConfig] = {
     "smollm2-135m": LlamaConfig(
-        vocab_size=49_152, embed_dim=576, ffw_dim=1536, num_layers=30, num_q_heads=9, num_kv_heads=3,
-        max_positions=8192, rope_theta=1e5, tie_embeddings=True, bos_id=1, eos_ids=(2,),
+        vocab_size=49_152, embed_dim=576, ffw_dim=1536, num_layers=30,
+        num_q_heads=9, num_kv_heads=3, max_positions=8192, rope_theta=1e5,
+        tie_embeddings=True, bos_id=1, eos_ids=(2,),
     ),
     "tinyllama": LlamaConfig(
-        vocab_size=32_000, embed_dim=2048, ffw_dim=5632, num_layers=22, num_q_heads=32, num_kv_heads=4,
-        max_positions=2048, bos_id=1, eos_ids=(2,),
+        vocab_size=32_000, embed_dim=2048, ffw_dim=5632, num_layers=22,
+        num_q_heads=32, num_kv_heads=4, max_positions=2048, bos_id=1, eos_ids=(2,),
     ),
-    "llama-2-7b": LlamaConfig(
-        embed_dim=4096, ffw_dim=11_008, num_layers=32, num_q_heads=32, num_kv_heads=32, **_LLAMA_2
-    ),
-    "llama-2-70b": LlamaConfig(
-        embed_dim=8192, ffw_dim=28_672, num_layers=80, num_q_heads=64, num_kv_heads=8, **_LLAMA_2
+    "llama-2-7b": _LLAMA_2,
+    "llama-2-70b": dataclasses.replace(
+        _LLAMA_2, embed_dim=8192, ffw_dim=28_672, num_layers=80,
+        num_q_heads=64, num_kv_heads=8, head_dim=128,
     ),
     "llama-3.1-8b": LlamaConfig(
-        vocab_size=128_256, embed_dim=4096, ffw_dim=14_336, num_layers=32, num_q_heads=32, num_kv_heads=8,
-        max_positions=131_072, rope_theta=5e5,
-        rope_scaling=RopeScaling(
-            kind="llama3", factor=8.0, original_max_positions=8192, low_freq_factor=1.0, high_freq_factor=4.0
-        ),
+        vocab_size=128_256, embed_dim=4096, ffw_dim=14_336, num_layers=32,
+        num_q_heads=32, num_kv_heads=8, max_positions=131_072, rope_theta=5e5,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_positions=8192),
         bos_id=128_000, eos_ids=(128_001,),
     ),
-    "codellama-7b": LlamaConfig(
-        vocab_size=32_016, embed_dim=4096, ffw_dim=11_008, num_layers=32, num_q_heads=32, num_kv_heads=32, **_CODELLAMA
-    ),
-    "codellama-34b": LlamaConfig(
-        vocab_size=32_000, embed_dim=8192, ffw_dim=22_016, num_layers=48, num_q_heads=64, num_kv_heads=8, **_CODELLAMA
+    "codellama-7b": _CODELLAMA,
+    "codellama-34b": dataclasses.replace(
+        _CODELLAMA, vocab_size=32_000, embed_dim=8192, ffw_dim=22_016, num_layers=48,
+        num_q_heads=64, num_kv_heads=8, head_dim=128,
     ),
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """The LLaMA decoder in Flax NNX: LLaMA 1/2/3, CodeLlama, SmolLM2, Mistral.
 
 B batch, T tokens in this call, V vocabulary, D model width, F feed-forward width, L layers,
-N query heads, K KV heads, H head_dim. Weights stand input dimension first; fused ones keep the fused
-axis apart, so that a sharded axis is never cut across two of its parts.
+N query heads, K KV heads, H head_dim. Weights stand input dimension first; fused ones keep the
+fused axis apart, so that a sharded axis is never cut across two of its parts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Rotary grouped-query attention against the cache, to which it first appends its own tokens."""
+    """Rotary grouped-query attention against the cache, after appending its own tokens to it."""
 
     def __init__(self, config: LlamaConfig, layer: int, rngs: nnx.Rngs, dtype: Any):
         D, N, K, H = config.embed_dim, config.num_q_heads, config.num_kv_heads, config.head_dim
@@ -74,7 +74,10 @@ class Attention(nnx.Module):
             q_start=cache.lengths, window=self.window,
             implementation=step.implementation, num_splits=step.num_splits,
         )  # fmt: skip
-        return jnp.einsum("btnh,nhd->btd", out.astype(x.dtype), self.o[...]), cache
+        o = self.o[...]
+        # Flat, or XLA on CPU transposes the whole weight at each step.
+        flat = out.astype(x.dtype).reshape(*out.shape[:2], -1)
+        return jnp.einsum("bti,id->btd", flat, o.reshape(-1, o.shape[-1])), cache
 
 
 class Mlp(nnx.Module):
@@ -107,7 +110,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A LLaMA-family decoder. `Llama(config)` makes random weights; `jaxdecode.load` reads real ones."""
+    """A LLaMA decoder. `Llama(config)` has random weights, `jaxdecode.load` reads real ones."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs | None = None, dtype: Any = None):
         rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -157,9 +160,7 @@ class Llama(nnx.Module):
 
     def _logits(self, x: Array) -> Array:
         if self.head is None:
-            return jnp.einsum(
-                "btd,vd->btv", x, self.embed[...], preferred_element_type=jnp.float32
-            )
+            return jnp.einsum("btd,vd->btv", x, self.embed[...], preferred_element_type=jnp.float32)
         return jnp.einsum("btd,dv->btv", x, self.head[...], preferred_element_type=jnp.float32)
 
     @property
@@ -168,7 +169,7 @@ class Llama(nnx.Module):
         return self.embed[...].dtype
 
     def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> KVCache:
-        """An empty cache for `batch_size` sequences of up to `capacity` tokens, in the weights' dtype."""
+        """An empty cache of `capacity` tokens per sequence, in the weights' dtype unless given."""
         return KVCache.create(self.config, batch_size, capacity, dtype or self.dtype)
 
     def params(self) -> dict[str, Array]:
@@ -178,14 +179,16 @@ class Llama(nnx.Module):
 
     @classmethod
     def from_params(cls, config: LlamaConfig, params: dict[str, Array]) -> Llama:
-        """A model of given weights, by the names and shapes of `param_shapes`; makes no random ones."""
+        """A model of given weights, named and shaped as in `param_shapes`; makes no random ones."""
         shapes = param_shapes(config)
         for name in sorted(shapes.keys() | params.keys()):
             found = params[name].shape if name in params else None
             if name not in shapes or found != shapes[name]:
                 raise ValueError(f"parameter {name}: found {found}, expected {shapes.get(name)}")
         graph, state = nnx.split(nnx.eval_shape(lambda: cls(config)))
-        flat = [(path, leaf.replace(params[_dotted(path)])) for path, leaf in nnx.to_flat_state(state)]
+        flat = [
+            (path, leaf.replace(params[_dotted(path)])) for path, leaf in nnx.to_flat_state(state)
+        ]
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -193,7 +196,6 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Dotted name -> shape of every weight of `Llama(config)`, from the embedding to the head."""
     D, F, V = config.embed_dim, config.ffw_dim, config.vocab_size
     N, K, H = config.num_q_heads, config.num_kv_heads, config.head_dim
-    assert H is not None
     shapes: dict[str, tuple[int, ...]] = {"embed": (V, D)}
     for i in range(config.num_layers):
         shapes |= {

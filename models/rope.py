@@ -64,7 +64,11 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarr
     half = len(frequency)
 
     def dimension(turns: float) -> float:
-        return half * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / math.log(theta)
+        return (
+            half
+            * math.log(scaling.original_max_positions / (turns * 2 * math.pi))
+            / math.log(theta)
+        )
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:

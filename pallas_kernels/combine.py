@@ -1,7 +1,8 @@
 """Merging attention results over disjoint parts of the keys.
 
 Softmax attention over a union of key sets is the average of the attentions over the sets, weighted
-by exp(lse): the reduction step of Flash-Decoding. B batch, T query tokens, N query heads, H head_dim.
+by exp(lse): the reduction step of Flash-Decoding.
+B batch, T query tokens, N query heads, H head_dim.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def combine_partials(
 ) -> tuple[Array, Array]:
     """Merges partial attention results into the attention over all of their keys.
 
-    Works over an array axis, or over a mesh axis inside `jax.shard_map`, where each device holds one
-    part and all receive the merged result. Differentiable; arithmetic is float32.
+    Works over an array axis, or over a mesh axis inside `jax.shard_map`, where each device holds
+    one part and all receive the merged result. Differentiable; arithmetic is float32.
 
     Args:
       out: [..., H], each part normalised by its own softmax sum.
@@ -37,7 +38,8 @@ def combine_partials(
     """
     if out.shape[:-1] != lse.shape:
         raise ValueError(
-            f"combine_partials: out must have lse's shape plus head_dim, found out {out.shape} and lse {lse.shape}"
+            "combine_partials: out must have lse's shape plus head_dim, "
+            f"found out {out.shape} and lse {lse.shape}"
         )
     if axis_name is None:
         if not -lse.ndim <= axis < lse.ndim:
@@ -59,9 +61,7 @@ def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
       (out, lse) with the sink counted. Rows without any visible key get out = 0, lse = sink.
     """
     sinks = jnp.broadcast_to(sinks.astype(jnp.float32)[None, None, :], lse.shape)
-    return combine_partials(
-        jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sinks])
-    )
+    return combine_partials(jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sinks]))
 
 
 def _merge(out, lse, max_over_parts, sum_over_parts):

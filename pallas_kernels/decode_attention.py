@@ -1,4 +1,4 @@
-"""The door to decode attention: checks a call, says what each query sees, chooses an implementation.
+"""The door to decode attention: checks a call, says what each query sees, chooses who serves it.
 
 B batch, T query tokens in this call, S cache capacity, N query heads, K KV heads, H head_dim.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from jaxdecode.pallas_kernels import xla
 
 Array = jax.Array
+Lengths = jax.Array | np.ndarray | int
 
 IMPLEMENTATIONS = ("xla",)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -32,9 +33,27 @@ class AttentionChoice:
         return f"{self.implementation}: {self.reason}"
 
 
+@overload
 def decode_attention(
-    q: Array, k: Array, v: Array, kv_len: Array | np.ndarray | int, *,
-    q_start: Array | np.ndarray | int | None = None,
+    q: Array, k: Array, v: Array, kv_len: Lengths, *,
+    q_start: Lengths | None = ..., scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., sinks: Array | None = ..., num_splits: int | None = ...,
+    implementation: str | None = ..., out_dtype: Any = ..., return_lse: Literal[False] = ...,
+) -> Array: ...  # fmt: skip
+
+
+@overload
+def decode_attention(
+    q: Array, k: Array, v: Array, kv_len: Lengths, *,
+    q_start: Lengths | None = ..., scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., sinks: Array | None = ..., num_splits: int | None = ...,
+    implementation: str | None = ..., out_dtype: Any = ..., return_lse: Literal[True],
+) -> tuple[Array, Array]: ...  # fmt: skip
+
+
+def decode_attention(
+    q: Array, k: Array, v: Array, kv_len: Lengths, *,
+    q_start: Lengths | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -67,8 +86,8 @@ def decode_attention(
       return_lse: also return the log-sum-exp of the logits.
 
     Returns:
-      out [B, T, N, H], or (out, lse) with lse [B, T, N] float32, natural log, sinks counted. A query
-      that sees nothing gets out = 0 and lse = -inf (the sink, where there are sinks).
+      out [B, T, N, H], or (out, lse) with lse [B, T, N] float32, natural log, sinks counted. A
+      query that sees nothing gets out = 0 and lse = -inf (the sink, where there are sinks).
 
     Raises:
       ValueError, TypeError: the arguments do not fit; the message names them.
@@ -98,16 +117,19 @@ def explain_attention(
     out_dtype: Any = None,
     return_lse: bool = False,
 ) -> AttentionChoice:  # fmt: skip
-    """Which implementation `decode_attention` would run for these arguments on this machine, and why.
+    """Which implementation `decode_attention` would run for these arguments here, and why.
 
-    Takes arrays or `jax.ShapeDtypeStruct`s and runs nothing. Raises what the call would raise.
+    Takes arrays or `jax.ShapeDtypeStruct`s and runs nothing. Raises what the call would raise for
+    these shapes and types.
     """
     _check(q, k, v, scale, window, softcap, sinks, num_splits)
     _check_out_dtype(q, out_dtype)
     return choose(q, k, num_splits=num_splits, implementation=implementation)
 
 
-def choose(q: Any, k: Any, *, num_splits: int | None, implementation: str | None) -> AttentionChoice:
+def choose(
+    q: Any, k: Any, *, num_splits: int | None, implementation: str | None
+) -> AttentionChoice:
     """Chooses the implementation for a checked call."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -147,7 +169,9 @@ def visible_ranges(
     return jnp.clip(lo, 0, S), hi
 
 
-def _check(q, k, v, scale, window, softcap, sinks, num_splits) -> float:
+def _check(
+    q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any, sinks: Any, num_splits: Any
+) -> float:
     """Checks everything that is known without values, and returns the scale."""
     _check_shapes(q, k, v, sinks)
     _check_dtypes(q, k, v, sinks)
@@ -160,7 +184,7 @@ def _check(q, k, v, scale, window, softcap, sinks, num_splits) -> float:
     return q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
 
 
-def _check_shapes(q, k, v, sinks):
+def _check_shapes(q: Any, k: Any, v: Any, sinks: Any) -> None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -180,7 +204,7 @@ def _check_shapes(q, k, v, sinks):
         raise ValueError(f"sinks must have shape ({N},), one per query head; found {sinks.shape}")
 
 
-def _check_dtypes(q, k, v, sinks):
+def _check_dtypes(q: Any, k: Any, v: Any, sinks: Any) -> None:
     found = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
     if q.dtype not in _DTYPES:
         raise TypeError(f"q, k and v must be one of {_DTYPES}; found {found}")
@@ -190,7 +214,7 @@ def _check_dtypes(q, k, v, sinks):
         raise TypeError(f"sinks must be one of {_DTYPES}; found {sinks.dtype}")
 
 
-def _check_out_dtype(q, out_dtype):
+def _check_out_dtype(q: Any, out_dtype: Any) -> np.dtype:
     out_dtype = np.dtype(q.dtype if out_dtype is None else out_dtype)
     if out_dtype not in _DTYPES:
         raise TypeError(f"out_dtype must be one of {_DTYPES} or None; found {out_dtype}")
@@ -213,17 +237,19 @@ def _lengths(name: str, value: Any, B: int, S: int | None = None) -> Array:
             )
     if value.dtype != np.int32:
         limits = np.iinfo(np.int32)
-        value = value.clip(max(limits.min, np.iinfo(value.dtype).min), min(limits.max, np.iinfo(value.dtype).max))
+        value = value.clip(
+            max(limits.min, np.iinfo(value.dtype).min), min(limits.max, np.iinfo(value.dtype).max)
+        )
     return jnp.broadcast_to(jnp.asarray(value, jnp.int32), (B,))
 
 
-def _is_known(value) -> bool:
+def _is_known(value: Any) -> bool:
     if isinstance(value, jax.core.Tracer):
         return False
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
-def _is_integer(value) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

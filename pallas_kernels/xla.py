@@ -1,7 +1,7 @@
 """Decode attention in plain JAX: any device, any dtype, differentiable.
 
-Goes over the keys block by block with a running maximum and sum (online softmax, arXiv 1805.02867), so
-its temporaries stay small whatever the length, and K/V are never repeated per query head.
+Goes over the keys block by block with a running maximum and sum (online softmax, arXiv 1805.02867),
+so its temporaries stay small whatever the length, and K/V are never repeated per query head.
 B batch, T query tokens, S cache capacity, N query heads, K KV heads, G = N // K, H head_dim.
 """
 
@@ -71,8 +71,9 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def attend_gradient(
-    q: Array, k: Array, v: Array, lo: Array, hi: Array, out: Array, lse: Array, d_out: Array, d_lse: Array, *,
-    scale: float, softcap: float | None = None,
+    q: Array, k: Array, v: Array, lo: Array, hi: Array,
+    out: Array, lse: Array, d_out: Array, d_lse: Array,
+    *, scale: float, softcap: float | None = None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradient of `attend` without sinks, from its saved (out, lse) in float32, block by block.
 
@@ -124,9 +125,7 @@ def _forward(q, k, v, lo, hi, scale, softcap, block, dynamic):
         start, visible = _block_slots(i, block, S, lo, hi)
         k_block = lax.dynamic_slice_in_dim(k, start, block, 1)
         v_block = lax.dynamic_slice_in_dim(v, start, block, 1)
-        logits = jnp.where(
-            visible[:, None, None], _logits(q, k_block, scale, softcap), -jnp.inf
-        )
+        logits = jnp.where(visible[:, None, None], _logits(q, k_block, scale, softcap), -jnp.inf)
         new_top = jnp.maximum(top, logits.max(axis=-1, keepdims=True))
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         p = jnp.exp(logits - shift)
