@@ -96,9 +96,11 @@ def decode_attention(
     scale = _check(q, k, v, scale, window, softcap, sinks, num_splits)
     out_dtype = _check_out_dtype(q, out_dtype)
     S = k.shape[1]
-    kv_len = _lengths("kv_len", kv_len, q.shape[0], S)
-    q_start = None if q_start is None else _lengths("q_start", q_start, q.shape[0])
+    kv_len = _checked_lengths("kv_len", kv_len, q.shape[0], S)
+    q_start = None if q_start is None else _checked_lengths("q_start", q_start, q.shape[0])
     choose(q, k, num_splits=num_splits, implementation=implementation)
+    kv_len = _int32_per_row(kv_len, q.shape[0])
+    q_start = None if q_start is None else _int32_per_row(q_start, q.shape[0])
     lo, hi = visible_ranges(kv_len, q.shape[1], S, q_start=q_start, window=window)
     out, lse = xla.attend(q, k, v, lo, hi, scale=scale, softcap=softcap, sinks=sinks)
     out = out.astype(out_dtype)
@@ -221,8 +223,8 @@ def _check_out_dtype(q: Any, out_dtype: Any) -> np.dtype:
     return out_dtype
 
 
-def _lengths(name: str, value: Any, B: int, S: int | None = None) -> Array:
-    """[B] int32 from a scalar or [B] integers. With S, known values must lie in [0, S]."""
+def _checked_lengths(name: str, value: Any, B: int, S: int | None = None) -> Any:
+    """Scalar or [B] integers as an array. With S, known values must lie in [0, S]."""
     if not isinstance(value, jax.Array):
         value = np.asarray(value)
     if not np.issubdtype(value.dtype, np.integer):
@@ -235,6 +237,11 @@ def _lengths(name: str, value: Any, B: int, S: int | None = None) -> Array:
             raise ValueError(
                 f"{name} must lie in [0, {S}], the capacity of k and v; found {values.tolist()}"
             )
+    return value
+
+
+def _int32_per_row(value: Any, B: int) -> Array:
+    """[B] int32 from a scalar or [B] integers of any width; what does not fit is clamped."""
     if value.dtype != np.int32:
         limits = np.iinfo(np.int32)
         value = value.clip(

@@ -23,6 +23,7 @@ _BLOCK_BYTES = 96 * 2**20
 _CPU_BLOCK = 512
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "softcap"), inline=True)
 def attend(
     q: Array, k: Array, v: Array, lo: Array, hi: Array, *,
     scale: float, softcap: float | None = None, sinks: Array | None = None,
@@ -103,6 +104,8 @@ def attend_gradient(
         ds = p * (dp - delta) * scale
         if softcap is not None:
             ds = ds * (1.0 - jnp.square(logits / softcap))
+        # A NaN in a value that only some queries see makes their dp NaN, and 0 * NaN the others'.
+        ds = jnp.where(visible[:, None, None], ds, 0.0)
         dq = dq + _einsum("bkgts,bskh->btkgh", ds, k_block.astype(jnp.float32))
         dk = _add_slice(dk, _einsum("bkgts,btkgh->bskh", ds, q.astype(jnp.float32)), start)
         dv = _add_slice(dv, _einsum("bkgts,btkgh->bskh", p, d_out), start)
@@ -123,8 +126,9 @@ def _forward(q, k, v, lo, hi, scale, softcap, block, dynamic):
     def step(i, carry):
         acc, top, total = carry
         start, visible = _block_slots(i, block, S, lo, hi)
-        k_block = lax.dynamic_slice_in_dim(k, start, block, 1)
-        v_block = lax.dynamic_slice_in_dim(v, start, block, 1)
+        k_held, v_held = _held(k, v, i)
+        k_block = lax.dynamic_slice_in_dim(k_held, start, block, 1)
+        v_block = lax.dynamic_slice_in_dim(v_held, start, block, 1)
         logits = jnp.where(visible[:, None, None], _logits(q, k_block, scale, softcap), -jnp.inf)
         new_top = jnp.maximum(top, logits.max(axis=-1, keepdims=True))
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
@@ -162,6 +166,15 @@ def _block_slots(i, block, S, lo, hi):
     slots = (start + jnp.arange(block, dtype=jnp.int32))[None, None, :]
     visible = (slots >= lo[..., None]) & (slots < hi[..., None]) & (slots >= i * block)
     return start, visible
+
+
+def _held(k, v, i):
+    """k and v, kept inside step i of a loop: XLA on CPU widens bfloat16 to float32 before slicing,
+    and would widen the whole cache ahead of the loop."""
+    if k.dtype != jnp.bfloat16:
+        return k, v
+    _, k, v = lax.optimization_barrier((i, k, v))
+    return k, v
 
 
 def _logits(q, k_block, scale, softcap):
