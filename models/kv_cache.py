@@ -64,11 +64,11 @@ class KVCache:
 
     @property
     def overflowed(self) -> Array:
-        """[B] bool: the sequence was given more tokens than fit; those past the end were dropped."""
+        """[B] bool: the sequence was given more tokens than fit; those past the end are lost."""
         return self.lengths > self.capacity
 
     def append(self, layer: int, k: Array, v: Array, num_tokens: Array) -> KVCache:
-        """Writes new tokens of one layer behind each sequence. Call `advance` once after all layers.
+        """Writes one layer's new tokens behind each sequence. Call `advance` once after all layers.
 
         Args:
           layer: which layer.

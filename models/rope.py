@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864), in Hugging Face's pairing: dimension i turns with i + H/2.
+"""Rotary position embeddings (arXiv 2104.09864), paired as in Hugging Face: i turns with i + H/2.
 
 B batch, T tokens, N heads, H head_dim.
 """
@@ -6,6 +6,7 @@ B batch, T tokens, N heads, H head_dim.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +63,10 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarr
     """YaRN (arXiv 2309.00071): interpolates dimensions that turn fewer than beta_slow times in the
     trained length, keeps those that turn more than beta_fast times, and ramps between."""
     half = len(frequency)
+    trained = cast(int, scaling.original_max_positions)  # RopeScaling sees to it
 
     def dimension(turns: float) -> float:
-        return (
-            half
-            * math.log(scaling.original_max_positions / (turns * 2 * math.pi))
-            / math.log(theta)
-        )
+        return half * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:

@@ -1,0 +1,158 @@
+"""Finding a model by path or name, and loading it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxdecode.checkpoint.arrays import Progress, load_params
+from jaxdecode.checkpoint.files import shown
+from jaxdecode.checkpoint.hub_cache import find_in_hub_cache, is_hub_name
+from jaxdecode.checkpoint.source import WeightSource, checked_dtype
+from jaxdecode.errors import CheckpointError
+from jaxdecode.models.llama import Llama
+
+if TYPE_CHECKING:
+    from jaxdecode.tokenizer import Tokenizer
+
+DEFAULT_MODEL = "smollm2-135m"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".h5", ".msgpack")
+_EXPECTED = (
+    "expected a Hugging Face directory (config.json and safetensors), a .gguf file, or a directory "
+    "made by jaxdecode.save"
+)
+
+
+def load(
+    path_or_name: str | os.PathLike[str], *, dtype: Any = None, on_progress: Progress | None = None
+) -> tuple[Llama, Tokenizer | None]:
+    """Load a model and its tokenizer.
+
+    Weights go one by one straight to their dtype and device, so the host needs little more memory
+    than the result takes. No random weights are made.
+
+    Args:
+      path_or_name: a Hugging Face model directory (safetensors), a .gguf file, a directory made by
+        `save`, "smollm2-135m" (the default model, fetched once), or "org/name" in the local Hugging
+        Face cache.
+      dtype: "float32", "bfloat16" or "float16". None: the stored one; for quantised weights
+        bfloat16 on a GPU or TPU and float32 on a CPU.
+      on_progress: called with ("loading", bytes done, bytes in all), and likewise while the default
+        model is fetched.
+
+    Returns:
+      (model, tokenizer); tokenizer is None if none lies beside the weights.
+
+    Raises:
+      CheckpointError: there is no such model, or its files are damaged or do not fit together.
+      RequestError: dtype is none of the above.
+    """
+    wanted = None if dtype is None else checked_dtype(dtype)
+    source = open_source(path_or_name, on_progress=on_progress)
+    try:
+        tokenizer = read_tokenizer(source)
+        params = load_params(source, wanted or default_dtype(source), on_progress=on_progress)
+        return Llama.from_params(source.config, params), tokenizer
+    finally:
+        source.close()
+
+
+def read_tokenizer(source: WeightSource) -> Tokenizer | None:
+    """The tokenizer beside the weights, after checking that each of its tokens has an embedding."""
+    tokenizer = source.tokenizer()
+    if tokenizer is not None:
+        tokenizer.check_vocab(source.config.vocab_size)
+    return tokenizer
+
+
+def default_dtype(source: WeightSource) -> str:
+    """The dtype in which a model is loaded unless its user asks for another."""
+    if not source.quantised:
+        return source.config.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def open_source(
+    path_or_name: str | os.PathLike[str], *, on_progress: Progress | None = None
+) -> WeightSource:
+    """Open a model, reading headers only; arguments and errors are those of `load`.
+
+    Before the default model is fetched, a line on stderr says what comes from where.
+    """
+    if path_or_name == DEFAULT_MODEL:
+        from jaxdecode.checkpoint.default_model import fetch_default_model
+
+        return _open_file(fetch_default_model(_say, on_progress))
+    if not os.fspath(path_or_name):
+        raise CheckpointError(f"the path of the model is empty; {_EXPECTED}")
+    path = Path(os.path.expanduser(path_or_name))  # noqa: PTH111  # Path's raises without a home
+    try:
+        return _open_path(path, path_or_name)
+    except OSError as error:
+        raise CheckpointError(f"{shown(str(path))}: {error.strerror}; {_EXPECTED}") from None
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _open_path(path: Path, path_or_name: str | os.PathLike[str]) -> WeightSource:
+    if path.is_dir():
+        return _open_directory(path)
+    if path.is_file():
+        return _open_file(path)
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path} is neither a file nor a directory; {_EXPECTED}")
+    if isinstance(path_or_name, str) and is_hub_name(path_or_name):
+        return _open_directory(find_in_hub_cache(path_or_name))
+    raise CheckpointError(f"{shown(str(path))}: no such file or directory; {_EXPECTED}")
+
+
+def _open_file(path: Path) -> WeightSource:
+    if path.suffix.lower() in _PICKLES:
+        raise _pickled(path, path.name)
+    if path.suffix.lower() == ".safetensors":
+        raise CheckpointError(
+            f"{path} is one file of a model; load its directory, {path.parent}, with config.json"
+        )
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF" and path.suffix.lower() != ".gguf":
+        raise CheckpointError(f"{path} is not a model file known here; {_EXPECTED}")
+    from jaxdecode.checkpoint.gguf_file import open_gguf
+
+    return open_gguf(path)
+
+
+def _open_directory(directory: Path) -> WeightSource:
+    names = sorted(path.name for path in directory.iterdir())
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        from jaxdecode.checkpoint.hf_directory import open_hf_directory
+
+        return open_hf_directory(directory)
+    if (directory / "weights").is_dir():
+        from jaxdecode.checkpoint.orbax_directory import open_orbax_directory
+
+        return open_orbax_directory(directory)
+    ggufs = [name for name in names if name.lower().endswith(".gguf")]
+    if ggufs:
+        raise CheckpointError(
+            f"{directory} holds {len(ggufs)} GGUF files: {shown(', '.join(ggufs))}; "
+            "load one by its path"
+        )
+    pickles = [name for name in names if name.lower().endswith(_PICKLES)]
+    if pickles:
+        raise _pickled(directory, ", ".join(pickles))
+    raise CheckpointError(f"{directory} holds no model; {_EXPECTED}")
+
+
+def _pickled(path: Path, names: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {shown(names)} may run any code when read, so it is never opened; "
+        "convert the model to safetensors, or download it in that format"
+    )

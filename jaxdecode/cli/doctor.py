@@ -1,0 +1,81 @@
+"""`jaxdecode doctor`: what this machine offers, for its user and for reports of faults."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jaxdecode
+from jaxdecode.cli import options
+from jaxdecode.cli.output import readable_bytes, write_text
+from jaxdecode.errors import DeviceError
+
+if TYPE_CHECKING:
+    import jax
+
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "tokenizers",
+    "gguf", "jinja2", "typer", "rich", "jax-cuda13-plugin", "jax-cuda12-plugin",
+)  # fmt: skip
+
+
+def doctor(device: options.Device = "auto", verbose: options.Verbose = False) -> None:
+    """Show versions, devices, cache directories and which attention would run here, and why."""
+    from jaxdecode.cli import runtime
+
+    lines = [f"jaxdecode: {jaxdecode.__version__}"]
+    lines.append(f"python: {platform.python_version()} on {platform.platform()}")
+    lines += [f"{package}: {_version(package)}" for package in _PACKAGES]
+    lines.append(f"cache: {_directory(runtime.cache_directory())}")
+    lines.append(f"compiled programs: {_directory(runtime.compilation_cache_directory())}")
+    try:
+        lines += _device_lines(runtime.select_device(device))
+    except DeviceError as error:
+        lines.append(f"devices: none ({error})")
+    write_text("\n".join(lines) + "\n")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _directory(path: Path) -> str:
+    """Where it is, who may enter it, how much it holds, and what is wrong with it."""
+    from jaxdecode.cli.runtime import privacy_fault
+
+    if not path.exists():
+        return f"{path} (not made yet)"
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    mode = stat.S_IMODE(path.stat().st_mode)
+    fault = privacy_fault(path)
+    return (
+        f"{path} (mode {mode:04o}, {readable_bytes(size)}{'; not used: ' + fault if fault else ''})"
+    )
+
+
+def _device_lines(chosen: jax.Device) -> list[str]:
+    """The devices, and the attention of a decode step of an 8B model on the chosen one."""
+    import jax
+
+    from jaxdecode.cli.runtime import choose_attention
+    from jaxdecode.models.config import PRESETS
+
+    lines = [f"device: {_device(device)}" for device in jax.devices(chosen.platform)]
+    config = PRESETS["llama-3.1-8b"]
+    heads = f"{config.num_q_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
+    for dtype in ("bfloat16", "float32"):
+        choice = choose_attention(config, dtype, None)
+        lines.append(f"attention: {choice} (a decode step in {dtype}, {heads})")
+    return lines
+
+
+def _device(device: jax.Device) -> str:
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    limit = f", {readable_bytes(memory)} for JAX" if memory else ""
+    return f"{device.platform} {device.id}: {device.device_kind}{limit}"

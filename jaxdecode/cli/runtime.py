@@ -1,0 +1,247 @@
+"""From options to a running model: device, compilation cache, loading, generating.
+
+This module imports jax; verbs import it when they run, so that their help does not wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import platformdirs
+
+from jaxdecode.checkpoint import loading
+from jaxdecode.checkpoint.default_model import fetch_default_model
+from jaxdecode.checkpoint.source import WeightSource
+from jaxdecode.cli import options
+from jaxdecode.cli.output import Report, progress_bars, say_warning
+from jaxdecode.errors import DeviceError, RequestError, TokenizerError
+from jaxdecode.generation import PREFILL_STEP_SIZE, Result, stream_generate
+from jaxdecode.models.config import LlamaConfig
+from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.models.llama import Llama
+from jaxdecode.pallas_kernels import AttentionChoice, explain_attention
+from jaxdecode.prompts import encode_prompts
+from jaxdecode.sampling import SamplingParams
+from jaxdecode.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model, ready to generate.
+
+    Attributes:
+      device_name: as the first line on stderr and --json name it.
+      attention: the implementation that runs.
+      implementation: the one asked for, None if it was left to choose.
+    """
+
+    model: Llama
+    tokenizer: Tokenizer
+    device_name: str
+    attention: str
+    implementation: str | None
+
+
+def load_model(
+    report: Report, name: str, *, dtype: str | None, attn: str, device: str,
+    compilation_cache: bool, chat_template: Path | None,
+) -> Loaded:  # fmt: skip
+    """Chooses the device, says which and why, and loads model and tokenizer onto it.
+
+    Raises:
+      DecodeError: one of them cannot be had.
+    """
+    report.device = select_device(device)
+    if compilation_cache:
+        enable_compilation_cache()
+    implementation = None if attn == "auto" else attn
+    source = open_model(report, name)
+    try:
+        dtype = dtype or loading.default_dtype(source)
+        choice = choose_attention(source.config, dtype, implementation)
+        report.say(f"device: {report.device.device_kind}; attention: {choice}; weights: {dtype}")
+        tokenizer = _tokenizer(source, chat_template)
+        with progress_bars(report, "bytes") as on_progress:
+            params = loading.load_params(source, dtype, on_progress=on_progress)
+        model = Llama.from_params(source.config, params)
+    finally:
+        source.close()
+    return Loaded(
+        model, tokenizer, report.device.device_kind, choice.implementation, implementation
+    )
+
+
+def open_model(report: Report, name: str) -> WeightSource:
+    """Opens a model by path or name; says so when the default model has to be fetched first."""
+    if name != loading.DEFAULT_MODEL:
+        return loading.open_source(name)
+    with progress_bars(report, "bytes") as on_progress:
+        return loading.open_source(fetch_default_model(report.say, on_progress))
+
+
+def _tokenizer(source: WeightSource, chat_template: Path | None) -> Tokenizer:
+    tokenizer = loading.read_tokenizer(source)
+    if tokenizer is None:
+        raise TokenizerError(f"{source.path} has no tokenizer.json, without which there is no text")
+    if chat_template is not None:
+        template = options.decode_utf8(str(chat_template), chat_template.read_bytes())
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def with_seed(report: Report, params: SamplingParams) -> SamplingParams:
+    """The same with a seed; a random one is said, so that the run can be repeated."""
+    if params.seed is not None:
+        return params
+    params = dataclasses.replace(params, seed=secrets.randbits(32))
+    if params.temperature > 0:
+        report.say(f"seed: {params.seed}")
+    return params
+
+
+def choose_attention(
+    config: LlamaConfig, dtype: str, implementation: str | None
+) -> AttentionChoice:
+    """Which implementation a decode step of this model runs, and why.
+
+    Raises:
+      DeviceError: the one asked for does not run here.
+    """
+    heads = config.num_kv_heads
+    q = jax.ShapeDtypeStruct((1, 1, config.num_q_heads, config.head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((1, 1024, heads, config.head_dim), dtype)
+    try:
+        return explain_attention(
+            q, kv, kv, 1024, window=config.window, implementation=implementation
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise DeviceError(f"--attn {implementation or 'auto'}: {error}") from error
+
+
+def encode(loaded: Loaded, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a text or of a conversation."""
+    return encode_prompts(loaded.tokenizer, prompt, loaded.model.config.vocab_size)[0]
+
+
+def make_cache(
+    loaded: Loaded, context: int | None, num_prompt: int, max_tokens: int
+) -> KVCache | None:
+    """The cache for --context; None (just enough room) without it.
+
+    Raises:
+      RequestError: prompt and answer do not fit into it, or into what the model was trained for.
+    """
+    trained = loaded.model.config.max_positions
+    limit = trained if context is None else context
+    if num_prompt + max_tokens > limit:
+        what = "positions the model was trained for" if context is None else "tokens of --context"
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens, and with --max-tokens {max_tokens} that is more "
+            f"than the {limit} {what}; shorten the prompt, lower --max-tokens or raise --context"
+        )
+    if context is None:
+        return None
+    if context > trained:
+        say_warning(
+            f"--context {context} goes beyond the {trained} positions the model was trained for"
+        )
+    return loaded.model.init_cache(1, context)
+
+
+def generate_text(
+    report: Report, loaded: Loaded, tokens: list[int], params: SamplingParams,
+    cache: KVCache | None, *, on_text: Callable[[str], None] | None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+) -> Result:  # fmt: skip
+    """Generates to the end; `on_text` gets text as it comes, and the report keeps up with it."""
+    report.start(len(tokens))
+    with progress_bars(report, "tokens") as on_progress:
+        chunks = stream_generate(
+            loaded.model, loaded.tokenizer, tokens, params, cache=cache,
+            implementation=loaded.implementation, prefill_step_size=prefill_step_size,
+            on_prefill=lambda done, total: on_progress("prompt", done, total),
+        )  # fmt: skip
+        chunk = next(chunks)
+    while True:
+        report.count_token()
+        if on_text is not None:
+            on_text(chunk.text)
+        if chunk.result is not None:
+            report.stats = chunk.result.stats
+            return chunk.result
+        chunk = next(chunks)
+
+
+def cache_directory() -> Path:
+    """The user's own cache directory of jaxdecode."""
+    return platformdirs.user_cache_path("jaxdecode")
+
+
+def compilation_cache_directory() -> Path:
+    """Where compiled programs are kept between runs."""
+    return cache_directory() / "compiled"
+
+
+def select_device(name: str) -> jax.Device:
+    """Lets JAX choose among the devices that `name` ("auto", "gpu" or "cpu") allows.
+
+    Call it before anything else uses a device: JAX settles its platforms at the first use.
+
+    Raises:
+      DeviceError: there is no such device, or JAX_PLATFORMS names one that cannot start.
+    """
+    if name == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif name == "gpu":
+        jax.config.update("jax_platforms", None)
+    try:
+        return jax.devices("gpu" if name == "gpu" else None)[0]
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.values["jax_platforms"]
+        asked = "--device gpu" if name == "gpu" else f"JAX_PLATFORMS={platforms}"
+        # With JAX_PLATFORMS=cuda and no plugin, JAX raises an AssertionError without a word.
+        unknown = not str(error) or str(error).startswith("Unknown backend")
+        reason = "JAX finds none, or its plugin is missing" if unknown else str(error)
+        raise DeviceError(
+            f"{asked}: {reason}; install the plugin (pip install 'jaxdecode[cuda13]', or cuda12), "
+            "or run with --device cpu"
+        ) from error
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs for the next run, if the user's directory for them is private.
+
+    Whoever can write there can run code as this user, so a directory that belongs to somebody
+    else or that others may write to is not used; a warning says so.
+    """
+    path = compilation_cache_directory()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        say_warning(f"compiled programs are not kept: cannot make {path}: {error.strerror}")
+        return
+    fault = privacy_fault(path.parent) or privacy_fault(path)
+    if fault:
+        say_warning(f"compiled programs are not kept: {fault}; make it private with chmod 700")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def privacy_fault(path: Path) -> str | None:
+    """Why others could change what lies in this directory, or None when only its user can."""
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{path} is not a directory"
+    if status.st_uid != os.geteuid():
+        return f"{path} belongs to user {status.st_uid}, not to you ({os.geteuid()})"
+    if status.st_mode & 0o022:
+        return f"{path} is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    return None

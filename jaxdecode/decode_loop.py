@@ -1,0 +1,167 @@
+"""The compiled steps of generation: prefill of one padded chunk, and decoding of several tokens.
+
+Both are `jax.jit` over split model state (an `nnx.jit` would cost milliseconds a call), take the
+cache donated, and compile once per (model, bucket, capacity, batch, dtype): sampling values are
+traced.
+B batch, T tokens of a chunk, V vocabulary, n tokens of a dispatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.models.llama import Llama
+from jaxdecode.sampling import SamplingArrays, sample
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What one dispatch hands to the next.
+
+    Attributes:
+      cache: holds every token given or generated so far.
+      logits: [B, V] float32 for each sequence's next token.
+      seen: [B, V] bool, tokens of the prompt and those generated.
+      remaining: [B] int32, tokens that each sequence may still generate; 0 once it has stopped.
+    """
+
+    cache: KVCache
+    logits: Array
+    seen: Array
+    remaining: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodedTokens:
+    """What one dispatch made, n tokens per sequence.
+
+    Attributes:
+      tokens: [n, B] int32, -1 where the sequence had stopped.
+      finite: [n, B] bool, whether the logits that the token was drawn from were all finite.
+      logprobs: [n, B] float32 of the token, before penalties and temperature.
+      top_tokens, top_logprobs: [n, B, k], the k likeliest.
+    """
+
+    tokens: Array
+    finite: Array
+    logprobs: Array
+    top_tokens: Array
+    top_logprobs: Array
+
+
+class SplitModel:
+    """A model split into a hashable part, which jit keys on, and its arrays."""
+
+    def __init__(self, model: Llama):
+        self.graph, state = nnx.split(model)
+        self.leaves, self.structure = jax.tree.flatten(state)
+
+    @property
+    def static(self) -> tuple[Any, Any]:
+        return self.graph, self.structure
+
+
+def start_state(model: Llama, cache: KVCache, max_tokens: int) -> DecodeState:
+    """The state before prefill, which fills in logits and seen."""
+    shape = (cache.batch_size, model.config.vocab_size)
+    return DecodeState(
+        cache=cache,
+        logits=jnp.zeros(shape, jnp.float32),
+        seen=jnp.zeros(shape, bool),
+        remaining=jnp.full(cache.batch_size, max_tokens, jnp.int32),
+    )
+
+
+@partial(jax.jit, static_argnames=("static", "implementation"), donate_argnames=("state",))
+def prefill(
+    static: Any, leaves: list[Array], state: DecodeState, tokens: Array, num_tokens: Array,
+    *, implementation: str | None,
+) -> DecodeState:  # fmt: skip
+    """Runs one chunk of the prompts, tokens [B, T] right-padded; rows without tokens stay as is."""
+    model = _merge(static, leaves)
+    logits, cache = model(
+        tokens, state.cache, num_tokens=num_tokens, logits="last", implementation=implementation
+    )
+    real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < num_tokens[:, None]
+    return dataclasses.replace(
+        state,
+        cache=cache,
+        logits=jnp.where((num_tokens > 0)[:, None], logits[:, 0], state.logits),
+        seen=_mark(state.seen, tokens, real),
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("static", "num_steps", "num_logprobs", "implementation"),
+    donate_argnames=("state",),
+)
+def decode(
+    static: Any, leaves: list[Array], state: DecodeState, sampling: SamplingArrays, stop_ids: Array,
+    *, num_steps: int, num_logprobs: int, implementation: str | None,
+) -> tuple[DecodeState, DecodedTokens]:  # fmt: skip
+    """Generates `num_steps` tokens per sequence in one loop on the device.
+
+    The trip count is static: a loop that ends on a value would ask the host at each step. Sequences
+    that have stopped stay idle. Every token drawn is run, so the cache can always be continued.
+
+    Args:
+      stop_ids: [E] int32 ids that end a sequence, padded with -1.
+    """
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, DecodedTokens]:
+        # Merged inside the step: modules made outside belong to another trace level.
+        model = _merge(static, leaves)
+        active = state.remaining > 0
+        token = sample(state.logits, state.seen, state.cache.lengths, sampling)
+        made = _describe(state.logits, token, active, num_logprobs)
+        stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
+        logits, cache = model(
+            token[:, None], state.cache,
+            num_tokens=active.astype(jnp.int32), logits="last", implementation=implementation,
+        )  # fmt: skip
+        state = DecodeState(
+            cache=cache,
+            logits=jnp.where(active[:, None], logits[:, 0], state.logits),
+            seen=_mark(state.seen, token[:, None], active[:, None]),
+            remaining=jnp.where(active & ~stopped, state.remaining - 1, 0),
+        )
+        return state, made
+
+    return jax.lax.scan(step, state, None, length=num_steps)
+
+
+def _merge(static: Any, leaves: list[Array]) -> Llama:
+    graph, structure = static
+    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+
+
+def _mark(seen: Array, tokens: Array, real: Array) -> Array:
+    """seen [B, V] with tokens [B, T] marked where real; the others fall off the end."""
+    B, V = seen.shape
+    rows = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None], tokens.shape)
+    return seen.at[rows, jnp.where(real, tokens, V)].set(True, mode="drop")
+
+
+def _describe(logits: Array, token: Array, active: Array, num_logprobs: int) -> DecodedTokens:
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    top_logits, top_tokens = jax.lax.top_k(logits, min(num_logprobs, logits.shape[-1]))
+    return DecodedTokens(
+        tokens=jnp.where(active, token, -1),
+        finite=jnp.isfinite(logits).all(axis=-1),
+        logprobs=chosen - normalizer,
+        top_tokens=top_tokens,
+        top_logprobs=top_logits - normalizer[:, None],
+    )

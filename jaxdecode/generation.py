@@ -1,0 +1,392 @@
+"""Text from prompts: tokenise, prefill in chunks, decode many tokens per dispatch, detokenise."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdecode.decode_loop import (
+    DecodedTokens,
+    DecodeState,
+    SplitModel,
+    decode,
+    prefill,
+    start_state,
+)
+from jaxdecode.errors import NonFiniteLogitsError, RequestError
+from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.models.llama import Llama
+from jaxdecode.prompts import encode_prompts
+from jaxdecode.sampling import SamplingArrays, SamplingParams, sample_indices
+from jaxdecode.stats import Stats, Stopwatch
+from jaxdecode.text_stream import TextStream
+
+TOKENS_PER_DISPATCH = 8
+MAX_TOKENS_PER_DISPATCH = 1024
+PREFILL_STEP_SIZE = 512
+_SMALLEST_BUCKET = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one generated token, from the model's logits before penalties and
+    temperature.
+
+    Attributes:
+      logprob: of the token itself.
+      top: (token, logprob) of the likeliest tokens, likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One generated text.
+
+    Attributes:
+      tokens: every id generated, a final eos included.
+      text: without eos and stop string; empty without a tokenizer.
+      finish_reason: "stop" (an eos or a stop string) or "length" (max_tokens).
+      logprobs: one per token, or None unless asked for.
+      seed: of the draws.
+      stats: counts and times of the whole call.
+      cache: continues after `tokens`; shared by all results of a call, row by row.
+    """
+
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[TokenLogprobs] | None
+    seed: int
+    stats: Stats
+    cache: KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """One generated token as it comes.
+
+    Attributes:
+      text: new text that is final; "" while a character or a stop string is incomplete.
+      token: its id.
+      logprobs: None unless asked for.
+      finish_reason: None, and "stop" or "length" on the last chunk.
+      result: on the last chunk, the whole result.
+    """
+
+    text: str
+    token: int
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None = None
+    result: Result | None = None
+
+
+def generate(
+    model: Llama, tokenizer: Any, prompts: Any, params: SamplingParams | None = None, *,
+    cache: KVCache | None = None, implementation: str | None = None,
+) -> list[Result]:  # fmt: skip
+    """Continues one prompt or a batch of prompts of different lengths.
+
+    A batch gives each prompt what it would get alone. The same prompt given several times is
+    sampled differently each time.
+
+    Args:
+      model: from `jaxdecode.load` or `Llama(config)`.
+      tokenizer: anything with encode(str) -> ids and decode(ids) -> str. None: prompts are ids.
+      prompts: a str (special tokens are added), a list of {"role", "content"} (goes through the
+        chat template), a list of token ids, or a list of such prompts.
+      params: SamplingParams() when None, which is greedy.
+      cache: continue after what it holds; `model.init_cache(batch, capacity)` to choose the room.
+        It is donated: use the one in the results from then on. None: just enough room.
+      implementation: of attention, see `jaxdecode.decode_attention`.
+
+    Returns:
+      One Result per prompt, in order.
+
+    Raises:
+      RequestError: a prompt is empty, has ids outside the vocabulary, or does not fit.
+      NonFiniteLogitsError: the model produced NaN or infinity.
+    """
+    run = _Run(model, tokenizer, prompts, params or SamplingParams(), cache, implementation)
+    run.prefill()
+    while not run.finished:
+        run.decode(TOKENS_PER_DISPATCH)
+    return run.results()
+
+
+def stream_generate(
+    model: Llama, tokenizer: Any, prompt: Any, params: SamplingParams | None = None, *,
+    cache: KVCache | None = None, implementation: str | None = None,
+    tokens_per_dispatch: int = TOKENS_PER_DISPATCH, prefill_step_size: int = PREFILL_STEP_SIZE,
+    on_prefill: Any = None,
+) -> Iterator[Chunk]:  # fmt: skip
+    """Like `generate` for one prompt, but yields each token as it comes.
+
+    The texts of all chunks make the text that `generate` returns. Checks its arguments at once.
+
+    Args:
+      tokens_per_dispatch: tokens that come together; more are faster in all, fewer come sooner.
+      prefill_step_size: prompt tokens per chunk of prefill, a power of two >= 16.
+      on_prefill: called with (tokens done, tokens in all) after each chunk of the prompt.
+    """
+    if not 1 <= tokens_per_dispatch <= MAX_TOKENS_PER_DISPATCH:
+        raise RequestError(
+            f"tokens_per_dispatch must be from 1 to {MAX_TOKENS_PER_DISPATCH}, "
+            f"found {tokens_per_dispatch}"
+        )
+    run = _Run(model, tokenizer, prompt, params or SamplingParams(), cache, implementation)
+    if len(run.rows) != 1:
+        raise RequestError(f"stream_generate takes one prompt, found {len(run.rows)}; use generate")
+    run.check_step_size(prefill_step_size)
+    return _stream(run, tokens_per_dispatch, prefill_step_size, on_prefill)
+
+
+def _stream(
+    run: _Run, tokens_per_dispatch: int, prefill_step_size: int, on_prefill: Any
+) -> Iterator[Chunk]:
+    run.prefill(prefill_step_size, on_prefill)
+    while not run.finished:
+        chunks = run.decode(tokens_per_dispatch)
+        if run.finished:
+            (result,) = run.results()
+            chunks[-1] = dataclasses.replace(
+                chunks[-1], finish_reason=result.finish_reason, result=result
+            )
+        yield from chunks
+
+
+class _Row:
+    """One sequence of a run, on the host."""
+
+    def __init__(self, prompt: list[int], stream: TextStream | None, stop_ids: frozenset[int]):
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.text: list[str] = []
+        self.finish_reason: str | None = None
+        self._stream = stream
+        self._stop_ids = stop_ids
+
+    def add(self, token: int, logprobs: TokenLogprobs, max_tokens: int) -> str:
+        """Takes one generated token and returns the text that became final by it."""
+        self.tokens.append(token)
+        self.logprobs.append(logprobs)
+        text = ""
+        if token in self._stop_ids:
+            self.finish_reason = "stop"
+        elif self._stream is not None:
+            text = self._stream.push(token)
+            if self._stream.stopped:
+                self.finish_reason = "stop"
+        if self.finish_reason is None and len(self.tokens) == max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason and self._stream is not None and not self._stream.stopped:
+            text += self._stream.finish()
+        self.text.append(text)
+        return text
+
+
+class _Run:
+    """One call of generate: its rows on the host, its state on the device."""
+
+    def __init__(
+        self, model: Llama, tokenizer: Any, prompts: Any, params: SamplingParams,
+        cache: KVCache | None, implementation: str | None,
+    ):  # fmt: skip
+        filled = [] if cache is None else _filled(model, cache)
+        encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size, filled)
+        cache = _room_for(model, encoded, params.max_tokens, cache, filled)
+        self.seed = secrets.randbits(32) if params.seed is None else params.seed
+        stop_ids = _stop_ids(model, tokenizer, params)
+        self.rows = [
+            _Row(ids, _text_stream(tokenizer, params), frozenset(stop_ids)) for ids in encoded
+        ]
+        self._params = params
+        self._filled = filled or [0] * len(encoded)
+        self._implementation = implementation
+        self._model = SplitModel(model)
+        self._state: DecodeState = start_state(model, cache, params.max_tokens)
+        self._sampling = SamplingArrays.create(params, self.seed, sample_indices(encoded))
+        # Padded, so that the number of stop ids makes no new compilation.
+        padding = -len(stop_ids) % 16 or 16 * (not stop_ids)
+        self._stop_ids = jnp.asarray(stop_ids + [-1] * padding, jnp.int32)
+        self._watch = Stopwatch()
+
+    @property
+    def finished(self) -> bool:
+        return all(row.finish_reason for row in self.rows)
+
+    def check_step_size(self, step_size: int) -> None:
+        if step_size < _SMALLEST_BUCKET or step_size & (step_size - 1):
+            raise RequestError(
+                f"prefill_step_size must be a power of two from {_SMALLEST_BUCKET}, "
+                f"found {step_size}"
+            )
+
+    def prefill(self, step_size: int = PREFILL_STEP_SIZE, on_prefill: Any = None) -> None:
+        """Runs the prompts, `step_size` tokens of each at a time."""
+        lengths = np.array([len(row.prompt) for row in self.rows], np.int32)
+        longest = int(lengths.max())
+        with self._watch.phase("prompt"):
+            for start in range(0, longest, step_size):
+                width = _bucket(min(step_size, longest - start))
+                tokens = np.zeros((len(self.rows), width), np.int32)
+                for row, padded in zip(self.rows, tokens, strict=True):
+                    piece = row.prompt[start : start + width]
+                    padded[: len(piece)] = piece
+                self._state = prefill(
+                    self._model.static, self._model.leaves, self._state, tokens,
+                    np.clip(lengths - start, 0, width), implementation=self._implementation,
+                )  # fmt: skip
+                if on_prefill is not None:
+                    jax.block_until_ready(self._state.logits)
+                    on_prefill(min(start + width, longest), longest)
+            jax.block_until_ready(self._state.logits)
+
+    def decode(self, num_steps: int) -> list[Chunk]:
+        """Generates up to `num_steps` tokens per row. Returns the first row's as chunks."""
+        with self._watch.phase("generation"):
+            self._state, made = decode(
+                self._model.static, self._model.leaves, self._state, self._sampling, self._stop_ids,
+                num_steps=num_steps, num_logprobs=self._params.logprobs or 0,
+                implementation=self._implementation,
+            )  # fmt: skip
+            made = jax.device_get(made)
+        first_step = max(len(row.tokens) for row in self.rows)
+        chunks = [self._take(made, r, first_step) for r in range(len(self.rows))]
+        self._truncate()
+        return chunks[0]
+
+    def _take(self, made: DecodedTokens, r: int, first_step: int) -> list[Chunk]:
+        """Gives one dispatch's tokens to row r; what comes after its stop string is dropped."""
+        row, chunks = self.rows[r], []
+        for i in range(len(made.tokens)):
+            if row.finish_reason:
+                break
+            if not made.finite[i, r]:
+                raise NonFiniteLogitsError(first_step + i, r)
+            top = zip(made.top_tokens[i, r].tolist(), made.top_logprobs[i, r].tolist(), strict=True)
+            logprobs = TokenLogprobs(float(made.logprobs[i, r]), tuple(top))
+            token = int(made.tokens[i, r])
+            text = row.add(token, logprobs, self._params.max_tokens)
+            wanted = self._params.logprobs is not None
+            chunks.append(Chunk(text, token, logprobs if wanted else None))
+        return chunks
+
+    def _truncate(self) -> None:
+        """Makes the device forget what the rows dropped, and lets finished rows idle."""
+        kept = [
+            filled + len(row.prompt) + len(row.tokens)
+            for filled, row in zip(self._filled, self.rows, strict=True)
+        ]
+        stopped = np.array([row.finish_reason is not None for row in self.rows])
+        self._state = dataclasses.replace(
+            self._state,
+            cache=self._state.cache.truncate(jnp.asarray(kept, jnp.int32)),
+            remaining=jnp.where(stopped, 0, self._state.remaining),
+        )
+
+    def results(self) -> list[Result]:
+        stats = self._watch.stats(
+            prompt_tokens=sum(len(row.prompt) for row in self.rows),
+            generated_tokens=sum(len(row.tokens) for row in self.rows),
+        )
+        return [
+            Result(
+                tokens=row.tokens,
+                text="".join(row.text),
+                finish_reason=row.finish_reason or "length",
+                logprobs=row.logprobs if self._params.logprobs is not None else None,
+                seed=self.seed,
+                stats=stats,
+                cache=self._state.cache,
+            )
+            for row in self.rows
+        ]
+
+
+def _filled(model: Llama, cache: KVCache) -> list[int]:
+    """Tokens in each row of a given cache, after checking that it is usable and the model's own."""
+    if cache.lengths.is_deleted():
+        raise RequestError(
+            "cache was donated to an earlier call; use the cache in that call's results"
+        )
+    config = model.config
+    expected = (config.num_layers, config.num_kv_heads, config.head_dim)
+    found = (len(cache.keys), *cache.keys[0].shape[2:])
+    if found != expected:
+        raise RequestError(
+            f"cache has (layers, KV heads, head_dim) = {found}, but the model {expected}; "
+            "make it with model.init_cache(batch_size, capacity)"
+        )
+    return np.asarray(cache.lengths).tolist()
+
+
+def _room_for(
+    model: Llama,
+    prompts: list[list[int]],
+    max_tokens: int,
+    cache: KVCache | None,
+    filled: list[int],
+) -> KVCache:
+    """The cache to use, after checking that every prompt and its tokens fit."""
+    if cache is None:
+        needed = max(map(len, prompts)) + max_tokens
+        limit = model.config.max_positions
+        if needed > limit:
+            raise RequestError(
+                f"a prompt of {needed - max_tokens} tokens and max_tokens={max_tokens} exceed the "
+                f"{limit} positions the model was trained for; shorten one of them, or pass "
+                f"cache=model.init_cache(batch_size, {needed}) to go beyond"
+            )
+        # Sizes in steps, so that similar requests share a compilation.
+        capacity = 1 << (needed - 1).bit_length() if needed <= 1024 else -(-needed // 1024) * 1024
+        return model.init_cache(len(prompts), capacity)
+    if len(filled) != len(prompts):
+        raise RequestError(f"cache has {len(filled)} rows but there are {len(prompts)} prompts")
+    for have, prompt in zip(filled, prompts, strict=True):
+        if have + len(prompt) + max_tokens > cache.capacity:
+            raise RequestError(
+                f"the cache holds {have} tokens of its capacity {cache.capacity}; a prompt of "
+                f"{len(prompt)} tokens and max_tokens={max_tokens} do not fit; shorten one of them "
+                "or make a larger cache with model.init_cache(batch_size, capacity)"
+            )
+    return cache
+
+
+def _stop_ids(model: Llama, tokenizer: Any, params: SamplingParams) -> list[int]:
+    if params.stop_token_ids is not None:
+        return list(params.stop_token_ids)
+    if params.ignore_eos:
+        return []
+    # A checkpoint may name some of its ends in its configuration and others in its tokenizer.
+    return list(dict.fromkeys((*model.config.eos_ids, *getattr(tokenizer, "eos_ids", ()))))
+
+
+def _text_stream(tokenizer: Any, params: SamplingParams) -> TextStream | None:
+    if tokenizer is None:
+        if params.stop:
+            raise RequestError(
+                f"stop={params.stop!r} needs a tokenizer; without one use stop_token_ids"
+            )
+        return None
+    known = getattr(tokenizer, "vocab_size", None)
+
+    def decode_known(ids: list[int]) -> str:
+        # A model may have more rows than its tokenizer has tokens, for a round number.
+        return tokenizer.decode([x for x in ids if known is None or x < known])
+
+    return TextStream(decode_known, stop=params.stop)
+
+
+def _bucket(length: int) -> int:
+    """The padded width of a chunk: a power of two, so that few widths are compiled."""
+    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
