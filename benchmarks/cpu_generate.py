@@ -2,10 +2,12 @@
 
     python benchmarks/cpu_generate.py [--peer-python PYTHON] [--tokens 128] [--repeats 3]
 
-Each (implementation, dtype) runs alone in a process of its own, on all cores, greedy, batch 1, from
-the same GGUF file. A row's tok_s is the median over the repeats of the tokens generated after the
-first, over the time between the first and the last: neither compilation nor prefill counts. Rounds
-alternate between the implementations, so that a machine that slows down slows all of them.
+Each (implementation, dtype) runs alone in a process of its own, on all cores, greedy, batch 1.
+jaxdecode reads the GGUF file; transformers reads the same weights unpacked into safetensors of the
+dtype, and once the GGUF file itself, whose 4-bit weights it keeps packed. A row's tok_s is the
+median over the repeats of the tokens generated after the first, over the time between the first and
+the last: neither compilation nor prefill counts. Rounds alternate between the implementations, so that
+a machine that slows down slows all of them.
 PYTHON is one with torch, transformers and gguf; this one when not given.
 """
 
@@ -20,6 +22,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 from source_hash import ROOT, source_hash
@@ -29,6 +32,7 @@ CASES = [
     ("jaxdecode", "bfloat16"),
     ("transformers", "float32"),
     ("transformers", "bfloat16"),
+    ("transformers, 4-bit", "float32"),
 ]
 PROMPT = list(range(100, 132))  # ids of ordinary tokens; the text does not matter to the time
 
@@ -40,12 +44,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", default=ROOT / "benchmarks/results/cpu/cpu_generate.json")
-    parser.add_argument("--worker", nargs=3, metavar=("IMPLEMENTATION", "DTYPE", "GGUF"))
+    parser.add_argument("--worker", nargs=3, metavar=("IMPLEMENTATION", "DTYPE", "MODEL"))
     options = parser.parse_args()
     if options.worker:
-        implementation, dtype, gguf = options.worker
-        worker = {"jaxdecode": time_jaxdecode, "transformers": time_transformers}[implementation]
-        print(json.dumps(worker(dtype, pathlib.Path(gguf), options.tokens)))
+        implementation, dtype, path = options.worker
+        worker = time_jaxdecode if implementation == "jaxdecode" else time_transformers
+        print(json.dumps(worker(dtype, pathlib.Path(path), options.tokens)))
         return
     results = run_all(options.peer_python, options.tokens, options.repeats)
     output = pathlib.Path(options.output)
@@ -56,16 +60,16 @@ def main() -> None:
 
 def run_all(peer_python: str, tokens: int, repeats: int) -> dict:
     """One round after the other over all cases; returns the content of the results file."""
-    from jaxdecode.checkpoint.default_model import fetch_default_model
-
-    gguf = fetch_default_model(on_message=lambda line: print(line, file=sys.stderr))
     measured: dict[tuple[str, str], list[dict]] = {case: [] for case in CASES}
-    for _ in range(repeats):
-        for case in CASES:
-            python = sys.executable if case[0] == "jaxdecode" else peer_python
-            command = [python, __file__, "--tokens", str(tokens), "--worker", *case, str(gguf)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            measured[case].append(json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryDirectory() as folder:
+        models = model_files(pathlib.Path(folder))
+        for _ in range(repeats):
+            for case in CASES:
+                python = sys.executable if case[0] == "jaxdecode" else peer_python
+                worker = ["--worker", *case, str(models[case])]
+                command = [python, __file__, "--tokens", str(tokens), *worker]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                measured[case].append(json.loads(done.stdout.splitlines()[-1]))
     rows = [
         {
             "model": "smollm2-135m",
@@ -89,13 +93,26 @@ def run_all(peer_python: str, tokens: int, repeats: int) -> dict:
     }
 
 
-def time_jaxdecode(dtype: str, gguf: pathlib.Path, tokens: int) -> dict:
+def model_files(folder: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
+    """What each case reads: the GGUF file, or its weights as safetensors of the case's dtype."""
+    from jaxdecode.checkpoint import export_safetensors, open_source
+    from jaxdecode.checkpoint.default_model import fetch_default_model
+
+    gguf = fetch_default_model(on_message=lambda line: print(line, file=sys.stderr))
+    files = dict.fromkeys(CASES, gguf)
+    for dtype in ("float32", "bfloat16"):
+        files["transformers", dtype] = folder / dtype
+        export_safetensors(open_source(gguf), folder / dtype, dtype=dtype)
+    return files
+
+
+def time_jaxdecode(dtype: str, path: pathlib.Path, tokens: int) -> dict:
     """Generates once to compile, then once with the clock."""
     import jax
 
     import jaxdecode as jd
 
-    model, _ = jd.load(gguf, dtype=dtype)
+    model, _ = jd.load(path, dtype=dtype)
     params = jd.SamplingParams(max_tokens=tokens + 1, ignore_eos=True)
     jd.generate(model, None, PROMPT, params)
     (result,) = jd.generate(model, None, PROMPT, params)
@@ -103,15 +120,17 @@ def time_jaxdecode(dtype: str, gguf: pathlib.Path, tokens: int) -> dict:
     return {"tok_s": rate, "version": jax.__version__, "ids": result.tokens}
 
 
-def time_transformers(dtype: str, gguf: pathlib.Path, tokens: int) -> dict:
+def time_transformers(dtype: str, path: pathlib.Path, tokens: int) -> dict:
     """Times tokens + 1 new tokens and one new token; the difference is that of `tokens` steps."""
     import torch
     import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, dtype), local_files_only=True
-    )
+    options = {"dtype": getattr(torch, dtype), "local_files_only": True}
+    if path.is_file():
+        options["gguf_file"] = path.name
+    folder = path.parent if path.is_file() else path
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     ids = torch.tensor([PROMPT])
 
     def generate(count: int) -> tuple[float, list[int]]:
@@ -135,7 +154,7 @@ def time_transformers(dtype: str, gguf: pathlib.Path, tokens: int) -> dict:
 
 def table(results: dict) -> str:
     """The results as a Markdown table, with each one's ratio to the best of transformers."""
-    best = max(row["tok_s"] for row in results["rows"] if row["implementation"] == "transformers")
+    best = max(row["tok_s"] for row in results["rows"] if row["implementation"] != "jaxdecode")
     lines = ["| implementation | dtype | tok/s | times transformers' best |", "|---|---|---|---|"]
     lines += [
         f"| {row['implementation']} | {row['dtype']} | {row['tok_s']:.1f} "

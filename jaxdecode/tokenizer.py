@@ -160,16 +160,6 @@ class Tokenizer:
             del ids[0]
         return ids
 
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raises TokenizerError if the model, of `vocab_size` embeddings, lacks a token's row."""
-        if self.vocab_size > vocab_size:
-            token = self.backend.id_to_token(self.vocab_size - 1)
-            raise TokenizerError(
-                f"the tokenizer has token ids up to {self.vocab_size - 1} ({token!r}), but the "
-                f"model has embeddings for {vocab_size} tokens only; the tokenizer must be the one "
-                "that the model was trained with"
-            )
-
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `from_directory` reads back.
 

@@ -6,7 +6,6 @@ V vocabulary, D model width, F feed-forward width, L layers, N query heads, K KV
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 RopeKind = Literal["linear", "llama3", "yarn"]
@@ -57,6 +56,8 @@ class RopeScaling:
             )
         _check_number("beta_fast", self.beta_fast, 1e-6, 1e6)
         _check_number("beta_slow", self.beta_slow, 1e-6, 1e6)
+        if self.kind == "yarn" and not self.beta_slow < self.beta_fast:
+            raise ValueError(f"beta_slow={self.beta_slow} must be below beta_fast={self.beta_fast}")
         if self.attention_factor is not None:
             _check_number("attention_factor", self.attention_factor, 1e-6, 1e6)
 
@@ -127,7 +128,7 @@ class LlamaConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
         _check_integer("max_positions", self.max_positions, 1, 2**31 - 1)
         _check_number("norm_eps", self.norm_eps, 1e-12, 1.0)
-        _check_number("rope_theta", self.rope_theta, 1.0, 1e12)
+        _check_number("rope_theta", self.rope_theta, 1.01, 1e12)
         if self.window is not None:
             _check_integer("window", self.window, 1, 2**31 - 1)
         if self.dtype not in DTYPES:
@@ -166,7 +167,7 @@ def _check_integer(name: str, value: Any, low: int, high: int) -> None:
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number from {low} to {high}, found {value!r}")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # false for NaN too
         raise ValueError(f"{name} must be a number from {low} to {high}, found {value!r}")
 
 

@@ -169,7 +169,6 @@ def test_anything_else_is_a_value_error(fields):
         assert 0 < config.rope_theta < math.inf
 
 
-@pytest.mark.xfail(raises=OverflowError, reason="config._check_number asks isfinite of the integer")
 def test_an_integer_too_large_for_a_float_is_a_value_error():
     with pytest.raises(ValueError, match="rope_theta must be a number from"):
         LlamaConfig(**SMALL, rope_theta=10**400)
@@ -182,3 +181,10 @@ def test_any_other_rope_value_is_a_value_error(fields):
         assert any(name in message for name in fields)
     else:
         assert 1 <= scaling.factor <= 1e6
+
+
+def test_yarn_needs_a_range_to_ramp_over():
+    yarn = dict(kind="yarn", factor=2.0, original_max_positions=64)
+    with pytest.raises(ValueError, match=r"beta_slow=32\.0 must be below beta_fast=32\.0"):
+        RopeScaling(**yarn, beta_slow=32.0)
+    RopeScaling(**yarn, beta_slow=31.0)

@@ -358,7 +358,7 @@ def scalings():
     )  # fmt: skip
     yarn = st.builds(
         RopeScaling, kind=st.just("yarn"), factor=numbers, original_max_positions=lengths,
-        beta_fast=numbers, beta_slow=numbers, truncate=st.booleans(),
+        beta_fast=st.floats(8.0, 1e4), beta_slow=st.floats(0.5, 7.0), truncate=st.booleans(),
         attention_factor=st.none() | st.floats(0.1, 10.0),
     )  # fmt: skip
     return st.none() | linear | llama3 | yarn
@@ -366,7 +366,7 @@ def scalings():
 
 @given(
     scaling=scalings(),
-    theta=st.floats(1.0, 1e12),
+    theta=st.floats(1.01, 1e12),
     window=st.none() | st.integers(1, 2**31 - 1),
     ids=st.lists(st.integers(0, 39), unique=True),
     bos=st.none() | st.integers(0, 39),

@@ -54,19 +54,11 @@ def load(
     wanted = None if dtype is None else checked_dtype(dtype)
     source = open_source(path_or_name, on_progress=on_progress)
     try:
-        tokenizer = read_tokenizer(source)
+        tokenizer = source.tokenizer()
         params = load_params(source, wanted or default_dtype(source), on_progress=on_progress)
         return Llama.from_params(source.config, params), tokenizer
     finally:
         source.close()
-
-
-def read_tokenizer(source: WeightSource) -> Tokenizer | None:
-    """The tokenizer beside the weights, after checking that each of its tokens has an embedding."""
-    tokenizer = source.tokenizer()
-    if tokenizer is not None:
-        tokenizer.check_vocab(source.config.vocab_size)
-    return tokenizer
 
 
 def default_dtype(source: WeightSource) -> str:

@@ -86,7 +86,7 @@ def open_model(report: Report, name: str) -> WeightSource:
 
 
 def _tokenizer(source: WeightSource, chat_template: Path | None) -> Tokenizer:
-    tokenizer = loading.read_tokenizer(source)
+    tokenizer = source.tokenizer()
     if tokenizer is None:
         raise TokenizerError(f"{source.path} has no tokenizer.json, without which there is no text")
     if chat_template is not None:
