@@ -6,8 +6,8 @@ Each (implementation, dtype) runs alone in a process of its own, on all cores, g
 jaxdecode reads the GGUF file; transformers reads the same weights unpacked into safetensors of the
 dtype, and once the GGUF file itself, whose 4-bit weights it keeps packed. A row's tok_s is the
 median over the repeats of the tokens generated after the first, over the time between the first and
-the last: neither compilation nor prefill counts. Rounds alternate between the implementations, so that
-a machine that slows down slows all of them.
+the last: neither compilation nor prefill counts. Rounds alternate between the implementations, so
+that a machine that slows down slows all of them.
 PYTHON is one with torch, transformers and gguf; this one when not given.
 """
 
