@@ -78,7 +78,7 @@ FORMS = r"must be a str, a list of \{'role', 'content'\} or a list of token ids,
         ([[1], [2, -1, 99]], "prompt 1 has token id -1, outside the model's vocabulary of 64"),
         ([10**30], "prompt 0 has token id 1000000000000000000000000000000, outside"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_refused_forms_are_named(prompts, message):
     with pytest.raises(RequestError, match=message):
