@@ -134,19 +134,21 @@ class Llama(nnx.Module):
         Args:
           tokens: [B, T] int32, right-padded. Row b's tokens stand at positions cache.lengths[b] on.
           cache: from `init_cache` or an earlier call; donate it to a jitted step.
-          num_tokens: [B] int32, real tokens of each row (0: idle). None: all T.
+          num_tokens: [B] integers in [0, T], real tokens of each row (0: idle). None: all T.
           logits: "all", or "last" for each row's last real token only.
           implementation, num_splits: as in `jaxdecode.decode_attention`.
 
         Returns:
           (logits [B, T, V] float32, or [B, 1, V] for "last"; cache, longer by num_tokens).
+
+        Raises:
+          ValueError, TypeError: the arguments do not fit each other or the model.
         """
+        _check_call(self.config, tokens, cache, num_tokens, logits)
         B, T = tokens.shape
-        if logits not in ("all", "last"):
-            raise ValueError(f"logits must be 'all' or 'last', found {logits!r}")
-        if cache.batch_size != B:
-            raise ValueError(f"tokens has {B} rows but the cache {cache.batch_size}")
-        num_tokens = jnp.full(B, T, jnp.int32) if num_tokens is None else num_tokens
+        # Clipped, so that a traced count can neither skip slots nor take tokens back.
+        count = jnp.full(B, T, jnp.int32) if num_tokens is None else num_tokens
+        num_tokens = jnp.clip(count, 0, T).astype(jnp.int32)
         positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         cos, sin = rope_table(self.config, positions)
         step = Step(num_tokens, cos, sin, implementation, num_splits)
@@ -211,6 +213,25 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["head"] = (D, V)
     return shapes
+
+
+def _check_call(
+    config: LlamaConfig, tokens: Array, cache: KVCache, num_tokens: Array | None, logits: str
+) -> None:
+    if logits not in ("all", "last"):
+        raise ValueError(f"logits must be 'all' or 'last', found {logits!r}")
+    if getattr(tokens, "ndim", None) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        found = getattr(tokens, "shape", type(tokens).__name__)
+        raise TypeError(f"tokens must be an integer array [batch, length], found {found}")
+    B = tokens.shape[0]
+    if cache.batch_size != B:
+        raise ValueError(f"tokens has {B} rows but the cache {cache.batch_size}")
+    layers, wanted = len(cache.keys), config.num_layers
+    if layers != wanted:
+        raise ValueError(f"the cache has {layers} layers but the model {wanted}")
+    if num_tokens is not None and getattr(num_tokens, "shape", None) != (B,):
+        found = getattr(num_tokens, "shape", num_tokens)
+        raise ValueError(f"num_tokens must be an array of shape ({B},), found {found}")
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: Any) -> nnx.Param:

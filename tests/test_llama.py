@@ -310,6 +310,9 @@ def test_a_head_beside_tied_embeddings_is_refused():
         ({"implementation": "fast"}, ValueError, "implementation must be None or one of"),
         ({"num_splits": 0}, ValueError, "num_splits must be an integer >= 1"),
         ({"cache_dtype": "int8"}, TypeError, "must be one of .*float32.*found q int8"),
+        ({"tokens": TOKENS[0]}, TypeError, r"tokens must be an integer array .*found \(24,\)"),
+        ({"num_tokens": 3}, ValueError, r"num_tokens must be an array of shape \(3,\), found 3"),
+        ({"num_tokens": np.array([3])}, ValueError, r"of shape \(3,\), found \(1,\)"),
     ],
     ids=str,
 )
@@ -319,6 +322,21 @@ def test_wrong_arguments_are_named(arguments, error, message):
     cache = model.init_cache(B, CAPACITY, arguments.pop("cache_dtype", None))
     with pytest.raises(error, match=message):
         jax.eval_shape(lambda tokens, cache: model(tokens, cache, **arguments), tokens, cache)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model, deeper = random_model(), dataclasses.replace(CONFIG, num_layers=CONFIG.num_layers + 1)
+    cache = KVCache.create(deeper, B, CAPACITY, "float32")
+    with pytest.raises(ValueError, match="the cache has 3 layers but the model 2"):
+        model(jnp.asarray(TOKENS, jnp.int32), cache)
+
+
+def test_counts_outside_the_call_are_clipped():
+    model = random_model()
+    outside = prefilled(model, counts=np.array([T + 5, 9, -4]))
+    inside = prefilled(model, counts=np.array([T, 9, 0]))
+    assert bits(outside) == bits(inside)
+    assert outside[1].lengths.tolist() == [T, 9, 0]
 
 
 def test_known_lengths_past_capacity_are_an_error_outside_jit():
