@@ -12,13 +12,16 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxdecode.pallas_kernels import xla
+from jaxdecode.pallas_kernels import flash_decode, xla
 
 Array = jax.Array
 Lengths = jax.Array | np.ndarray | int
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("flash_decode", "xla")
+# Beyond so many query tokens a call is prefill, for which the split kernels are not made.
+_MOST_DECODE_TOKENS = 16
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -98,12 +101,14 @@ def decode_attention(
     S = k.shape[1]
     kv_len = _checked_lengths("kv_len", kv_len, q.shape[0], S)
     q_start = None if q_start is None else _checked_lengths("q_start", q_start, q.shape[0])
-    choose(q, k, num_splits=num_splits, implementation=implementation)
+    choice = choose(q, k, num_splits=num_splits, implementation=implementation)
     kv_len = _int32_per_row(kv_len, q.shape[0])
     q_start = None if q_start is None else _int32_per_row(q_start, q.shape[0])
     lo, hi = visible_ranges(kv_len, q.shape[1], S, q_start=q_start, window=window)
-    out, lse = xla.attend(q, k, v, lo, hi, scale=scale, softcap=softcap, sinks=sinks)
-    out = out.astype(out_dtype)
+    out, lse = _attend(
+        choice, implementation is None, q, k, v, lo, hi, scale=scale, softcap=softcap,
+        sinks=sinks, num_splits=num_splits, out_dtype=out_dtype,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -133,18 +138,55 @@ def choose(
     q: Any, k: Any, *, num_splits: int | None, implementation: str | None
 ) -> AttentionChoice:
     """Chooses the implementation for a checked call."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation must be None or one of {IMPLEMENTATIONS}, found {implementation!r}"
         )
-    if num_splits is not None:
-        raise ValueError(
-            f"num_splits={num_splits} goes with an implementation that splits the keys; "
-            "'xla' does not, leave num_splits out"
-        )
-    if implementation is not None:
-        return AttentionChoice(implementation, "asked for")
-    return AttentionChoice("xla", "the portable implementation, the only one for this device")
+    if implementation == "xla":
+        if num_splits is not None:
+            raise ValueError(
+                f"num_splits={num_splits} goes with an implementation that splits the keys; "
+                "'xla' does not, leave num_splits out"
+            )
+        return AttentionChoice("xla", "asked for")
+    obstacle = flash_decode.why_not(q, k) or flash_decode.why_not_here()
+    if implementation == "flash_decode" or num_splits is not None:
+        if obstacle is not None:
+            raise NotImplementedError(
+                f"flash_decode cannot serve this call: {obstacle}; leave out implementation and "
+                "num_splits to run the portable implementation"
+            )
+        return AttentionChoice("flash_decode", "asked for")
+    if obstacle is not None:
+        return AttentionChoice("xla", f"the portable implementation; {obstacle}")
+    if q.shape[1] > _MOST_DECODE_TOKENS:
+        reason = f"{q.shape[1]} query tokens are prefill, more than {_MOST_DECODE_TOKENS}"
+        return AttentionChoice("xla", f"the portable implementation; {reason}")
+    return AttentionChoice("flash_decode", "split-KV kernels for this GPU")
+
+
+def _attend(
+    choice: AttentionChoice, by_platform: bool, *operands: Array, scale: float,
+    softcap: float | None, sinks: Array | None, num_splits: int | None, out_dtype: Any,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Runs the chosen implementation on (q, k, v, lo, hi)."""
+
+    def portable(*operands: Array) -> tuple[Array, Array]:
+        out, lse = xla.attend(*operands, scale=scale, softcap=softcap, sinks=sinks)
+        return out.astype(out_dtype), lse
+
+    def split(*operands: Array) -> tuple[Array, Array]:
+        return flash_decode.attend(
+            *operands, scale=scale, softcap=softcap, sinks=sinks, num_splits=num_splits,
+            out_dtype=out_dtype,
+        )  # fmt: skip
+
+    if choice.implementation == "xla":
+        return portable(*operands)
+    if not by_platform:
+        return split(*operands)
+    # Decided when it is lowered: a process with a GPU may compile this call for its CPU.
+    return lax.platform_dependent(*operands, cuda=split, default=portable)
 
 
 def visible_ranges(

@@ -1,0 +1,255 @@
+"""The split-KV kernels: interpreted on the CPU with race detection, lowered for CUDA, run on a GPU.
+
+conftest.py leaves this file out where jax has no interpreter for them (before 0.11.2).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
+from reference import assert_close, low_precision_attention, reference_attention
+
+from jaxdecode.pallas_kernels import decode_attention, explain_attention, flash_decode, xla
+from jaxdecode.pallas_kernels.decode_attention import visible_ranges
+
+# (B, T, S, N, K, options): every grouping, row blocks over tokens and heads, and each option.
+CASES = {
+    "grouped": (1, 1, 256, 8, 2, {}),
+    "multi-head": (1, 1, 128, 2, 2, {"scale": 0.2}),
+    "three heads a group": (2, 1, 256, 6, 2, {"softcap": 5.0}),
+    "tokens": (2, 4, 256, 4, 2, {"window": 70}),
+    "row blocks of tokens": (1, 9, 128, 16, 2, {}),
+    "row blocks of heads": (1, 2, 128, 72, 1, {}),
+    "sinks": (2, 2, 256, 4, 2, {"sinks": True, "softcap": 30.0, "window": 200}),
+}
+
+
+@pytest.fixture
+def interpreter():
+    """Runs the kernels in Mosaic's interpreter, and fails the test on a race."""
+    interpreter_state.reset_gpu_interpret_mode_state()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    found = interpreter_state.get_races().races_found
+    interpreter_state.reset_gpu_interpret_mode_state()
+    assert not found
+
+
+def inputs(B, T, S, N, K, dtype=jnp.bfloat16, H=128, seed=0):
+    """q, k, v and lengths: full, empty and in between; NaN in every slot that is not filled."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    kv_len = np.array([S - 37, 0, S, S // 2][:B], np.int32)
+    for row, length in enumerate(kv_len):
+        k[row, length:] = v[row, length:] = np.nan
+    return *(jnp.asarray(x, dtype) for x in (q, k, v)), kv_len
+
+
+def attend(q, k, v, kv_len, *, num_splits=None, window=None, **options):
+    lo, hi = visible_ranges(jnp.asarray(kv_len), q.shape[1], k.shape[1], window=window)
+    options = {"scale": q.shape[-1] ** -0.5} | options
+    return flash_decode.attend(q, k, v, lo, hi, num_splits=num_splits, **options)
+
+
+def check(shape, options, num_splits, dtype=jnp.bfloat16):
+    q, k, v, kv_len = inputs(*shape, dtype)
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = jnp.asarray(np.random.default_rng(1).normal(size=shape[3]), jnp.float32)
+    out, lse = attend(q, k, v, kv_len, num_splits=num_splits, **options)
+    case = [np.asarray(x) for x in (q, k, v)]
+    ref, ref_lse = reference_attention(*case, kv_len, **options)
+    low = low_precision_attention(*case, kv_len, **options, out_dtype=jnp.float32)
+    assert_close(np.asarray(out), ref, low, q.dtype, lse=np.asarray(lse), ref_lse=ref_lse)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_against_the_reference(interpreter, name, num_splits):
+    *shape, options = CASES[name]
+    check(shape, options, num_splits)
+
+
+def test_the_check_notices_a_lost_chunk(interpreter):
+    q, k, v, kv_len = inputs(1, 1, 256, 2, 1)
+    out, _ = attend(q, k, v, kv_len, num_splits=2)
+    short, _ = attend(q, k, v, kv_len - 64, num_splits=2)
+    ref, _ = reference_attention(*(np.asarray(x) for x in (q, k, v)), kv_len)
+    low = low_precision_attention(
+        *(np.asarray(x) for x in (q, k, v)), kv_len, out_dtype=jnp.float32
+    )
+    assert_close(np.asarray(out), ref, low, q.dtype)
+    with pytest.raises(AssertionError):
+        assert_close(np.asarray(short), ref, low, q.dtype)
+
+
+def test_interpreted_float16(interpreter):
+    check((1, 1, 128, 4, 2), {}, 2, jnp.float16)
+
+
+def test_gradient_is_that_of_the_portable_implementation(interpreter):
+    q, k, v, _ = inputs(1, 2, 128, 4, 2)
+    k, v = jnp.nan_to_num(k), jnp.nan_to_num(v)
+    lo, hi = visible_ranges(jnp.array([100]), 2, 128)
+    sinks = jnp.array([0.1, -0.3, 0.5, 1.0])
+
+    def loss(implementation, q, k, v, sinks):
+        out, lse = implementation(q, k, v, lo, hi, scale=0.1, sinks=sinks)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(lse**2)
+
+    split = functools.partial(flash_decode.attend, num_splits=2)
+    arguments = (0, 1, 2, 3)
+    found = jax.grad(functools.partial(loss, split), arguments)(q, k, v, sinks)
+    expected = jax.grad(functools.partial(loss, xla.attend), arguments)(q, k, v, sinks)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=0.05, atol=0.02
+        )
+
+
+def test_vmap_is_a_loop(interpreter):
+    q, k, v, kv_len = inputs(2, 1, 128, 2, 1)
+    call = functools.partial(attend, num_splits=2)
+    rows = jax.vmap(lambda *x: call(*x)[0])(*(x[:, None] for x in (q, k, v, jnp.asarray(kv_len))))
+    np.testing.assert_array_equal(rows[:, 0], call(q, k, v, kv_len)[0])
+
+
+def test_inside_shard_map_results_vary_as_their_operands():
+    """Or else out_specs=P() would pass with other data on each device."""
+    q, k, v, kv_len = (jnp.asarray(x) for x in inputs(2, 1, 128, 2, 1))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    call = functools.partial(attend, num_splits=1)
+    sharded = jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    traced = jax.jit(sharded).trace(q, k, v, kv_len)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    equal = jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P())
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.jit(equal).trace(q, k, v, kv_len)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 65536, 16, 2), (1, 1, 512, 64, 8), (8, 1, 8192, 32, 32), (2, 1, 4096, 9, 3),
+        (2, 1, 64, 8, 8), (1, 1, 72, 8, 8), (1, 16, 4096, 64, 8), (1, 4, 1024, 28, 4),
+        (1, 3, 1024, 71, 1), (1, 2048, 4096, 8, 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lowers_for_cuda(shape, dtype):
+    B, T, S, N, K = shape
+    q = jax.ShapeDtypeStruct((B, T, N, 128), dtype)
+    kv = jax.ShapeDtypeStruct((B, S, K, 128), dtype)
+    ranges = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    call = jax.jit(functools.partial(flash_decode.attend, scale=0.1, softcap=20.0))
+    text = call.trace(q, kv, kv, ranges, ranges).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+def test_equal_layers_share_one_lowering():
+    q = jax.ShapeDtypeStruct((1, 1, 16, 128), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
+    ranges = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def layers(q, k, v, lo, hi):
+        for _ in range(8):
+            q, _ = flash_decode.attend(q, k, v, lo, hi, scale=0.1, out_dtype=q.dtype)
+        return q
+
+    traced = jax.jit(layers).trace(q, kv, kv, ranges, ranges)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+def test_number_of_splits_fills_the_multiprocessors():
+    def choose(B, K, S):
+        return flash_decode.choose_num_splits((B, 1, 8 * K, 128), (B, S, K, 128), num_sms=132)
+
+    assert choose(1, 2, 512) == 8  # not more than there are tiles of 64 keys
+    assert 60 <= choose(1, 2, 65536) <= 66
+    assert choose(64, 2, 8192) == 1
+    assert choose(1, 132, 8192) == 1
+
+
+def test_what_the_kernels_cannot_do_is_said(monkeypatch):
+    q, k, v, _ = inputs(1, 1, 128, 2, 1)
+    with pytest.raises(NotImplementedError, match="need an NVIDIA Hopper GPU, and JAX runs on cpu"):
+        decode_attention(q, k, v, 5, implementation="flash_decode")
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    assert str(explain_attention(q, k, v, 5)) == "flash_decode: split-KV kernels for this GPU"
+    for x, words in [
+        (q.astype(jnp.float32), "not float32"),
+        (jnp.concatenate([q, q], axis=-1), "head_dim 128, not 256"),
+    ]:
+        y = jnp.zeros((1, 128, 1, x.shape[-1]), x.dtype)
+        choice = explain_attention(x, y, y, 5)
+        assert choice.implementation == "xla"
+        assert words in choice.reason
+        with pytest.raises(NotImplementedError, match=words):
+            decode_attention(x, y, y, 5, implementation="flash_decode")
+    odd = k[:, :123]
+    assert "multiple of 8" in explain_attention(q, odd, odd, 5).reason
+    many = jnp.zeros((1, 17, 2, 128), q.dtype)
+    assert "17 query tokens are prefill" in explain_attention(many, k, v, 20).reason
+
+
+def test_a_call_lowered_for_the_cpu_runs_there_though_a_gpu_is_chosen(monkeypatch):
+    q, k, v, kv_len = inputs(2, 1, 128, 4, 2)
+    expected = decode_attention(q, k, v, kv_len, implementation="xla")
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    np.testing.assert_array_equal(jax.jit(decode_attention)(q, k, v, kv_len), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("num_splits", [None, 1, 2, 5, 17])
+@pytest.mark.parametrize("T", [1, 2, 5, 16])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 1), (32, 8), (9, 3), (64, 8), (28, 4), (71, 1)])
+def test_gpu_grid(heads, T, num_splits, dtype):
+    check((4, T, 1024, *heads), {}, num_splits, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("S", [64, 200, 4096, 32768])
+def test_gpu_options(name, S):
+    B, T, _, N, K, options = CASES[name]
+    check((B, T, S, N, K), options, None)
+
+
+@pytest.mark.gpu
+def test_gpu_repeats_are_bit_equal():
+    q, k, v, kv_len = inputs(4, 1, 8192, 32, 4)
+    first = jax.tree.map(np.asarray, attend(q, k, v, kv_len))
+    for _ in range(250):
+        again = jax.tree.map(np.asarray, attend(q, k, v, kv_len))
+        assert all((x == y).all() for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_rows_do_not_depend_on_the_batch():
+    q, k, v, kv_len = inputs(4, 1, 8192, 32, 4)
+    whole, _ = attend(q, k, v, kv_len, num_splits=6)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone, _ = attend(q[one], k[one], v[one], kv_len[one], num_splits=6)
+        np.testing.assert_array_equal(whole[one], alone)
+
+
+@pytest.mark.gpu
+def test_gpu_offsets_past_two_to_the_31():
+    """The last row lies past 2^31 elements: a 32-bit offset would read the first one."""
+    B, S, K, H = 3, 2**20, 8, 128
+    k = jnp.zeros((B, S, K, H), jnp.bfloat16).at[B - 1].set(1.0)
+    q = jnp.ones((B, 1, K, H), jnp.bfloat16)
+    out, _ = attend(q, k, k, np.array([1, 1, S], np.int32))
+    assert out[0, 0, 0, 0] == 0.0
+    assert abs(out[B - 1, 0, 0, 0] - 1.0) < 1e-6
