@@ -149,7 +149,7 @@ def choose(
                 "'xla' does not, leave num_splits out"
             )
         return AttentionChoice("xla", "asked for")
-    obstacle = flash_decode.why_not(q, k) or flash_decode.why_not_here()
+    obstacle = flash_decode.why_not_here() or flash_decode.why_not(q, k)
     if implementation == "flash_decode" or num_splits is not None:
         if obstacle is not None:
             raise NotImplementedError(
