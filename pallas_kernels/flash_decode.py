@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (128,)
-# Streaming multiprocessors of an H100 or H200, used where no device is asked.
+# Streaming multiprocessors of an H100 or H200.
 _NUM_SMS = 132
 # Shared memory for the ring of K and V tiles; the rest of 227 KB holds q, weights and the result.
 _RING_BYTES = 128 * 1024
@@ -126,12 +126,12 @@ def split_config(
     from jaxdecode.pallas_kernels.flash_decode_kernel import SplitConfig
 
     block_t, block_g, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)
-    H = q_shape[3]
-    block_kv = 128 if H <= 128 and k_shape[1] >= 128 and block_t * block_g <= 16 else 64
+    # Few rows leave registers for wide tiles.
+    block_kv = 128 if k_shape[1] >= 128 and block_t * block_g <= 16 else 64
     return SplitConfig(
         num_splits=num_splits,
         block_kv=block_kv,
-        stages=min(6, _RING_BYTES // (2 * 2 * block_kv * H)),
+        stages=min(6, _RING_BYTES // (2 * 2 * block_kv * q_shape[3])),
         block_t=block_t,
         block_g=block_g,
         row_blocks_t=row_blocks_t,
