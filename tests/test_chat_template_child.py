@@ -96,8 +96,11 @@ def test_a_child_that_hangs_is_killed(source, child, monkeypatch):
 
 
 def test_a_process_that_is_left_would_be_noticed():
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)", "chat_template"]
-    with subprocess.Popen(sleep) as process:
+    source = "import time; print('started', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", source, "chat_template"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        # Popen returns in the middle of exec, where ps may find no arguments yet.
+        assert process.stdout.readline() == b"started\n"
         with pytest.raises(AssertionError, match="chat_template"), no_process_left():
             pass
         process.kill()
