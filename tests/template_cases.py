@@ -20,7 +20,7 @@ def render(template, messages=USER, **keywords):
 def no_process_left():
     """Nothing that is started inside may be running, or wait to be collected, afterwards."""
     yield
-    command = ["ps", "-A", "-o", "ppid=,args="]
+    command = ["ps", "-A", "-ww", "-o", "ppid=,args="]  # -ww: lines in full
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ours = [line for line in listed.splitlines() if line.split()[:1] == [str(os.getpid())]]
     left = [line for line in ours if "chat_template" in line or "defunct" in line]
