@@ -6,16 +6,20 @@ L layers, B batch, S capacity in tokens, K KV heads, H head_dim.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxdecode.models.config import LlamaConfig
+from jaxdecode.models.sharding import Sharding
+from jaxdecode.pallas_kernels import Part
 
 Array = jax.Array
 
-# Kernels read the cache in blocks of this many slots.
-CAPACITY_MULTIPLE = 128
+# Kernels read the cache in blocks of this many slots, and shards are dealt so many at a time.
+BLOCK = 128
 
 
 @jax.tree_util.register_dataclass
@@ -24,38 +28,55 @@ class KVCache:
     """Keys and values per layer, for sequences of different lengths.
 
     A pytree. Each layer has arrays of its own, so that a jitted step which takes the cache donated
-    writes it in place. Sequence b's tokens stand in slots 0 .. lengths[b] - 1.
+    writes it in place. Sequence b's tokens stand in slots 0 .. lengths[b] - 1; over several devices
+    they are dealt round-robin, 128 at a time, so that no device grows alone.
 
     Attributes:
       keys, values: L arrays [B, S, K, H].
       lengths: [B] int32, tokens given so far; above S once a sequence has overflowed.
+      num_parts: devices over which S is cut.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     lengths: Array
+    num_parts: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
     def create(
-        cls, config: LlamaConfig, batch_size: int, capacity: int, dtype: jnp.dtype | str
-    ) -> KVCache:
-        """An empty cache. `capacity` is rounded up to a multiple of 128 slots."""
+        cls, config: LlamaConfig, batch_size: int, capacity: int, dtype: jnp.dtype | str,
+        sharding: Sharding | None = None,
+    ) -> KVCache:  # fmt: skip
+        """An empty cache. `capacity` is rounded up to a multiple of 128 slots on each device."""
         if batch_size < 1 or capacity < 1:
             raise ValueError(
                 f"batch_size and capacity must be at least 1, found {batch_size} and {capacity}"
             )
-        slots = round_up_capacity(capacity)
-        shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
+        sharding = sharding or Sharding()
+        if batch_size % sharding.data:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the mesh axis data={sharding.data}"
+            )
+        parts = sharding.parts("S")
+        shape = (
+            batch_size, round_up_capacity(capacity, parts), config.num_kv_heads, config.head_dim,
+        )  # fmt: skip
         layers = range(config.num_layers)
-        return cls(
-            keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-            values=tuple(jnp.zeros(shape, dtype) for _ in layers),
-            lengths=jnp.zeros(batch_size, jnp.int32),
-        )
+
+        def empty() -> KVCache:
+            keys = tuple(jnp.zeros(shape, dtype) for _ in layers)
+            values = tuple(jnp.zeros(shape, dtype) for _ in layers)
+            return cls(keys, values, jnp.zeros(batch_size, jnp.int32), parts)
+
+        if sharding.mesh is None:
+            return empty()
+        places = cache_tree(config, parts, sharding.named)
+        # Compiled, so that each device makes its own part.
+        return jax.jit(empty, out_shardings=places)()
 
     @property
     def capacity(self) -> int:
-        """S, in tokens."""
+        """S, in tokens; inside `jax.shard_map`, of this device's part."""
         return self.keys[0].shape[1]
 
     @property
@@ -67,21 +88,25 @@ class KVCache:
         """[B] bool: the sequence was given more tokens than fit; those past the end are lost."""
         return self.lengths > self.capacity
 
-    def append(self, layer: int, k: Array, v: Array, num_tokens: Array) -> KVCache:
+    def append(
+        self, layer: int, k: Array, v: Array, num_tokens: Array, part: Array | int = 0
+    ) -> KVCache:
         """Writes one layer's new tokens behind each sequence. Call `advance` once after all layers.
+
+        A cache in several parts is written inside `jax.shard_map`, each device its own part.
 
         Args:
           layer: which layer.
           k, v: [B, T, K, H], right-padded.
           num_tokens: [B] int32, how many of the T are real; the rest is not written.
+          part: index of this device's part.
         """
         B, T, _, _ = k.shape
         offset = jnp.arange(T, dtype=jnp.int32)[None, :]
+        slot, mine = self.part(part).slot(self.lengths[:, None] + offset)
         # Slots from S on are dropped: padding goes there, and so does what overflows.
         # A dynamic_update_slice would clamp instead, over the newest tokens.
-        slot = jnp.where(
-            offset < num_tokens[:, None], self.lengths[:, None] + offset, self.capacity + offset
-        )
+        slot = jnp.where(mine & (offset < num_tokens[:, None]), slot, self.capacity + offset)
         row = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None], slot.shape)
 
         def write(cache: Array, new: Array) -> Array:
@@ -92,6 +117,10 @@ class KVCache:
         keys, values = list(self.keys), list(self.values)
         keys[layer], values[layer] = write(keys[layer], k), write(values[layer], v)
         return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
+
+    def part(self, index: Array | int) -> Part:
+        """Which slots the device with this index holds."""
+        return Part(index, self.num_parts, BLOCK)
 
     def advance(self, num_tokens: Array) -> KVCache:
         """Counts the appended tokens: lengths grow by num_tokens [B]."""
@@ -104,6 +133,13 @@ class KVCache:
         return dataclasses.replace(self, lengths=jnp.minimum(self.lengths, kept))
 
 
-def round_up_capacity(capacity: int) -> int:
-    """The number of slots a cache for `capacity` tokens has."""
-    return -(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+def cache_tree(config: LlamaConfig, num_parts: int, make: Callable[[str], Any]) -> KVCache:
+    """A cache with make(dimension letters) in the place of each array: its specs or shardings."""
+    layers = (make("BSKH"),) * config.num_layers
+    return KVCache(layers, layers, make("B"), num_parts)
+
+
+def round_up_capacity(capacity: int, num_parts: int = 1) -> int:
+    """The number of slots a cache for `capacity` tokens has, over all its parts."""
+    step = BLOCK * num_parts
+    return -(-capacity // step) * step

@@ -3,11 +3,16 @@
 B batch, T tokens in this call, V vocabulary, D model width, F feed-forward width, L layers,
 N query heads, K KV heads, H head_dim. Weights stand input dimension first; fused ones keep the
 fused axis apart, so that a sharded axis is never cut across two of its parts.
+
+Over several devices the whole step runs inside `jax.shard_map`: below `Llama.__call__` every array
+is this device's part, and `Step.sharding` sums and gathers by dimension letter. On one device these
+do nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -15,9 +20,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.models.kv_cache import KVCache, cache_tree
 from jaxdecode.models.rope import apply_rope, rope_table
-from jaxdecode.pallas_kernels import decode_attention
+from jaxdecode.models.sharding import Sharding
+from jaxdecode.pallas_kernels import attend_part, decode_attention, merge_columns
 
 Array = jax.Array
 
@@ -30,6 +36,7 @@ class Step:
       num_tokens: [B] int32, real tokens of each row in this call.
       cos, sin: [B, T, 1, H / 2] rotations at the tokens' positions.
       implementation, num_splits: passed to decode_attention.
+      sharding: how the arrays are cut.
     """
 
     num_tokens: Array
@@ -37,6 +44,7 @@ class Step:
     sin: Array
     implementation: str | None
     num_splits: int | None
+    sharding: Sharding
 
 
 class RMSNorm(nnx.Module):
@@ -64,20 +72,42 @@ class Attention(nnx.Module):
         self.window = config.window
 
     def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
-        q = apply_rope(jnp.einsum("btd,dnh->btnh", x, self.q[...]), step.cos, step.sin)
-        kv = jnp.einsum("btd,dckh->btckh", x, self.kv[...])
-        k, v = apply_rope(kv[:, :, 0], step.cos, step.sin), kv[:, :, 1]
-        cache = cache.append(self.layer, k, v, step.num_tokens)
-        keys, values = cache.keys[self.layer], cache.values[self.layer]
-        out = decode_attention(
-            q.astype(keys.dtype), keys, values, cache.lengths + step.num_tokens,
-            q_start=cache.lengths, window=self.window,
-            implementation=step.implementation, num_splits=step.num_splits,
-        )  # fmt: skip
+        q, k, v = self._project(x, step)
+        cache = cache.append(self.layer, k, v, step.num_tokens, step.sharding.index("S"))
+        out = self._attend(q, cache, step)
         o = self.o[...]
         # Flat, or XLA on CPU transposes the whole weight at each step.
         flat = out.astype(x.dtype).reshape(*out.shape[:2], -1)
-        return jnp.einsum("bti,id->btd", flat, o.reshape(-1, o.shape[-1])), cache
+        projected = jnp.einsum("bti,id->btd", flat, o.reshape(-1, o.shape[-1]))
+        return step.sharding.sum(projected, "NH"), cache
+
+    def _project(self, x: Array, step: Step) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of the new tokens, rotated."""
+        q = jnp.einsum("btd,dnh->btnh", x, self.q[...])
+        kv = jnp.einsum("btd,dckh->btckh", x, self.kv[...])
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        if step.sharding.parts("H") > 1:  # together, for one collective
+            heads = jnp.concatenate([q, k, v], axis=2)
+            heads = step.sharding.gather(heads, "H", dimension=3)
+            N, K = q.shape[2], k.shape[2]
+            q, k, v = jnp.split(heads, (N, N + K), axis=2)
+        return apply_rope(q, step.cos, step.sin), apply_rope(k, step.cos, step.sin), v
+
+    def _attend(self, q: Array, cache: KVCache, step: Step) -> Array:
+        """Attention to the cache: [B, T, N, H], or this device's columns of it."""
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        operands = q.astype(keys.dtype), keys, values, cache.lengths + step.num_tokens
+        options: dict[str, Any] = {
+            "q_start": cache.lengths,
+            "window": self.window,
+            "implementation": step.implementation,
+            "num_splits": step.num_splits,
+        }
+        if cache.num_parts == 1:
+            return decode_attention(*operands, **options)
+        part = cache.part(step.sharding.index("S"))
+        out, lse = attend_part(*operands, part, **options)
+        return merge_columns(out, lse, step.sharding.axes("S"))
 
 
 class Mlp(nnx.Module):
@@ -88,10 +118,10 @@ class Mlp(nnx.Module):
         self.gate_up = _weight(rngs, (D, 2, F), D, dtype)
         self.down = _weight(rngs, (F, D), F, dtype)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, step: Step) -> Array:
         gate_up = jnp.einsum("btd,dcf->btcf", x, self.gate_up[...])
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return jnp.einsum("btf,fd->btd", hidden, self.down[...])
+        return step.sharding.sum(jnp.einsum("btf,fd->btd", hidden, self.down[...]), "F")
 
 
 class Block(nnx.Module):
@@ -106,11 +136,13 @@ class Block(nnx.Module):
     def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
         attended, cache = self.attn(self.attn_norm(x), cache, step)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x), step), cache
 
 
 class Llama(nnx.Module):
     """A LLaMA decoder. `Llama(config)` has random weights, `jaxdecode.load` reads real ones."""
+
+    sharding: Sharding = Sharding()
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs | None = None, dtype: Any = None):
         rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -144,21 +176,61 @@ class Llama(nnx.Module):
         Raises:
           ValueError, TypeError: the arguments do not fit each other or the model.
         """
-        _check_call(self.config, tokens, cache, num_tokens, logits)
+        _check_call(self, tokens, cache, num_tokens, logits)
         B, T = tokens.shape
         # Clipped, so that a traced count can neither skip slots nor take tokens back.
         count = jnp.full(B, T, jnp.int32) if num_tokens is None else num_tokens
         num_tokens = jnp.clip(count, 0, T).astype(jnp.int32)
-        positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        run = partial(
+            self._run if self.sharding.mesh is None else self._run_sharded,
+            last=logits == "last", implementation=implementation, num_splits=num_splits,
+        )  # fmt: skip
+        return run(tokens, cache, num_tokens)
+
+    def _run_sharded(self, *operands: Any, **options: Any) -> tuple[Array, KVCache]:
+        """`_run` on each device with its part of the weights, of the cache and of the batch."""
+        graph, state = nnx.split(self)
+        flat = nnx.to_flat_state(state)
+        letters, spec = param_letters(self.config), self.sharding.spec
+        cache_specs = cache_tree(self.config, self.sharding.parts("S"), spec)
+
+        def run(leaves: list[Array], *operands: Any) -> tuple[Array, KVCache]:
+            parts = [(path, x.replace(leaf)) for (path, x), leaf in zip(flat, leaves, strict=True)]
+            return nnx.merge(graph, nnx.from_flat_state(parts))._run(*operands, **options)
+
+        return jax.shard_map(
+            run,
+            mesh=self.sharding.mesh,
+            in_specs=(
+                [spec(letters[_dotted(path)]) for path, _ in flat], spec("BT"), cache_specs,
+                spec("B"),
+            ),
+            out_specs=(spec("BTV"), cache_specs),
+        )([x[...] for _, x in flat], *operands)  # fmt: skip
+
+    def _run(
+        self, tokens: Array, cache: KVCache, num_tokens: Array, *,
+        last: bool, implementation: str | None, num_splits: int | None,
+    ) -> tuple[Array, KVCache]:  # fmt: skip
+        """The step on one device; logits [B, T, V] of its part of the vocabulary."""
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         cos, sin = rope_table(self.config, positions)
-        step = Step(num_tokens, cos, sin, implementation, num_splits)
-        x = self.embed[...][tokens]
+        step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding)
+        x = self._embed(tokens)
         for block in self.layers:
             x, cache = block(x, cache, step)
-        if logits == "last":
-            last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
-            x = jnp.take_along_axis(x, last, axis=1)
+        if last:
+            x = jnp.take_along_axis(x, jnp.maximum(num_tokens - 1, 0)[:, None, None], axis=1)
         return self._logits(self.final_norm(x)), cache.advance(num_tokens)
+
+    def _embed(self, tokens: Array) -> Array:
+        table = self.embed[...]
+        if self.sharding.parts("V") == 1:
+            return table[tokens]
+        row = tokens - self.sharding.index("V") * table.shape[0]
+        # Each device looks up the tokens whose rows it has; the others add zeros.
+        found = table.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return self.sharding.sum(found, "V")
 
     def _logits(self, x: Array) -> Array:
         if self.head is None:
@@ -172,7 +244,8 @@ class Llama(nnx.Module):
 
     def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> KVCache:
         """An empty cache of `capacity` tokens per sequence, in the weights' dtype unless given."""
-        return KVCache.create(self.config, batch_size, capacity, dtype or self.dtype)
+        dtype = dtype or self.dtype
+        return KVCache.create(self.config, batch_size, capacity, dtype, self.sharding)
 
     def params(self) -> dict[str, Array]:
         """The weights by dotted name, in the order of `param_shapes`."""
@@ -180,8 +253,14 @@ class Llama(nnx.Module):
         return {name: flat[name] for name in param_shapes(self.config)}
 
     @classmethod
-    def from_params(cls, config: LlamaConfig, params: dict[str, Array]) -> Llama:
-        """A model of given weights, named and shaped as in `param_shapes`; makes no random ones."""
+    def from_params(
+        cls, config: LlamaConfig, params: dict[str, Array], sharding: Sharding | None = None
+    ) -> Llama:
+        """A model of given weights, named and shaped as in `param_shapes`; makes no random ones.
+
+        With `sharding`, from `fit_mesh`, each weight should lie as `sharding.named` of its letters
+        in `param_letters` says, or every step moves it there.
+        """
         shapes = param_shapes(config)
         for name in sorted(shapes.keys() | params.keys()):
             found = params[name].shape if name in params else None
@@ -191,32 +270,46 @@ class Llama(nnx.Module):
         flat = [
             (path, leaf.replace(params[_dotted(path)])) for path, leaf in nnx.to_flat_state(state)
         ]
-        return nnx.merge(graph, nnx.from_flat_state(flat))
+        model = nnx.merge(graph, nnx.from_flat_state(flat))
+        model.sharding = sharding or Sharding()
+        return model
+
+
+def param_letters(config: LlamaConfig) -> dict[str, str]:
+    """Dotted name -> dimension letters of every weight, from the embedding to the head.
+
+    "2" is the fused dimension of keys and values, and of gate and up."""
+    letters = {"embed": "VD"}
+    for i in range(config.num_layers):
+        letters |= {
+            f"layers.{i}.attn_norm.scale": "D",
+            f"layers.{i}.attn.q": "DNH",
+            f"layers.{i}.attn.kv": "D2KH",
+            f"layers.{i}.attn.o": "NHD",
+            f"layers.{i}.mlp_norm.scale": "D",
+            f"layers.{i}.mlp.gate_up": "D2F",
+            f"layers.{i}.mlp.down": "FD",
+        }
+    letters["final_norm.scale"] = "D"
+    if not config.tie_embeddings:
+        letters["head"] = "DV"
+    return letters
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Dotted name -> shape of every weight of `Llama(config)`, from the embedding to the head."""
-    D, F, V = config.embed_dim, config.ffw_dim, config.vocab_size
-    N, K, H = config.num_q_heads, config.num_kv_heads, config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"embed": (V, D)}
-    for i in range(config.num_layers):
-        shapes |= {
-            f"layers.{i}.attn_norm.scale": (D,),
-            f"layers.{i}.attn.q": (D, N, H),
-            f"layers.{i}.attn.kv": (D, 2, K, H),
-            f"layers.{i}.attn.o": (N, H, D),
-            f"layers.{i}.mlp_norm.scale": (D,),
-            f"layers.{i}.mlp.gate_up": (D, 2, F),
-            f"layers.{i}.mlp.down": (F, D),
-        }
-    shapes["final_norm.scale"] = (D,)
-    if not config.tie_embeddings:
-        shapes["head"] = (D, V)
-    return shapes
+    """Dotted name -> shape of every weight of `Llama(config)`, in the order of `param_letters`."""
+    sizes = {
+        "D": config.embed_dim, "F": config.ffw_dim, "V": config.vocab_size, "2": 2,
+        "N": config.num_q_heads, "K": config.num_kv_heads, "H": config.head_dim,
+    }  # fmt: skip
+    return {
+        name: tuple(sizes[letter] for letter in letters)
+        for name, letters in param_letters(config).items()
+    }
 
 
 def _check_call(
-    config: LlamaConfig, tokens: Array, cache: KVCache, num_tokens: Array | None, logits: str
+    model: Llama, tokens: Array, cache: KVCache, num_tokens: Array | None, logits: str
 ) -> None:
     if logits not in ("all", "last"):
         raise ValueError(f"logits must be 'all' or 'last', found {logits!r}")
@@ -226,9 +319,15 @@ def _check_call(
     B = tokens.shape[0]
     if cache.batch_size != B:
         raise ValueError(f"tokens has {B} rows but the cache {cache.batch_size}")
-    layers, wanted = len(cache.keys), config.num_layers
+    layers, wanted = len(cache.keys), model.config.num_layers
     if layers != wanted:
         raise ValueError(f"the cache has {layers} layers but the model {wanted}")
+    parts, wanted = cache.num_parts, model.sharding.parts("S")
+    if parts != wanted:
+        raise ValueError(
+            f"the cache is cut into {parts} parts but the model's mesh wants {wanted}; "
+            "make it with model.init_cache"
+        )
     if num_tokens is not None and getattr(num_tokens, "shape", None) != (B,):
         found = getattr(num_tokens, "shape", num_tokens)
         raise ValueError(f"num_tokens must be an array of shape ({B},), found {found}")

@@ -13,11 +13,21 @@ from jaxdecode.pallas_kernels.decode_attention import (
     decode_attention,
     explain_attention,
 )
+from jaxdecode.pallas_kernels.sharded import (
+    Part,
+    attend_part,
+    merge_columns,
+    sharded_decode_attention,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
     "AttentionChoice",
+    "Part",
+    "attend_part",
     "combine_partials",
     "decode_attention",
     "explain_attention",
+    "merge_columns",
+    "sharded_decode_attention",
 ]

@@ -44,11 +44,14 @@ def combine_partials(
     if axis_name is None:
         if not -lse.ndim <= axis < lse.ndim:
             raise ValueError(f"combine_partials: axis={axis} is not a dimension of lse {lse.shape}")
-        axis = axis % lse.ndim
-        return _merge(out, lse, lambda x: x.max(axis, keepdims=True), lambda x: x.sum(axis))
+        return _merge(out, lse, axis % lse.ndim)
     if axis != 0:
         raise ValueError(f"combine_partials: give axis={axis} or axis_name={axis_name!r}, not both")
-    return _merge(out, lse, lambda x: lax.pmax(x, axis_name), lambda x: lax.psum(x, axis_name))
+    # One collective for both; merging what all devices hold costs nothing beside its latency.
+    packed = jnp.concatenate([out, lse[..., None]], axis=-1, dtype=jnp.float32)
+    parts = lax.all_gather(packed, axis_name, to="invarying")
+    merged, merged_lse = combine_partials(parts[..., :-1], parts[..., -1])
+    return merged.astype(out.dtype), merged_lse
 
 
 def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
@@ -64,18 +67,17 @@ def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     return combine_partials(jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sinks]))
 
 
-def _merge(out, lse, max_over_parts, sum_over_parts):
-    """`max_over_parts` keeps the parts' axis so that it broadcasts; `sum_over_parts` drops it."""
+def _merge(out: Array, lse: Array, axis: int) -> tuple[Array, Array]:
     lse = lse.astype(jnp.float32)
-    # The result does not depend on the shift, so it needs no gradient (and pmax has none).
-    top = max_over_parts(lax.stop_gradient(lse))
+    # The result does not depend on the shift, so it needs no gradient.
+    top = lax.stop_gradient(lse).max(axis, keepdims=True)
     top = jnp.where(top == -jnp.inf, 0.0, top)
     weight = jnp.exp(lse - top)
     # Selected before the product: 0 * NaN would poison the sum, and its gradient.
     safe_out = jnp.where(lse[..., None] == -jnp.inf, 0.0, out.astype(jnp.float32))
-    total = sum_over_parts(weight)
+    total = weight.sum(axis)
     empty = total == 0.0
     divisor = jnp.where(empty, 1.0, total)
-    merged = sum_over_parts(weight[..., None] * safe_out) / divisor[..., None]
+    merged = (weight[..., None] * safe_out).sum(axis) / divisor[..., None]
     merged_lse = jnp.where(empty, -jnp.inf, jnp.log(divisor) + top.reshape(total.shape))
     return merged.astype(out.dtype), merged_lse

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxdecode.pallas_kernels import flash_decode, xla
+from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
 Lengths = jax.Array | np.ndarray | int
@@ -27,10 +28,17 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class AttentionChoice:
-    """Which implementation serves a call, and why."""
+    """Which implementation serves a call, and why.
+
+    Attributes:
+      implementation: one of IMPLEMENTATIONS.
+      reason: for people.
+      asked_for: named by the caller, so no other may take its place.
+    """
 
     implementation: str
     reason: str
+    asked_for: bool = False
 
     def __str__(self) -> str:
         return f"{self.implementation}: {self.reason}"
@@ -96,18 +104,14 @@ def decode_attention(
       ValueError, TypeError: the arguments do not fit; the message names them.
       NotImplementedError: `implementation` was given and cannot serve this call.
     """
-    scale = _check(q, k, v, scale, window, softcap, sinks, num_splits)
-    out_dtype = _check_out_dtype(q, out_dtype)
-    S = k.shape[1]
-    kv_len = _checked_lengths("kv_len", kv_len, q.shape[0], S)
-    q_start = None if q_start is None else _checked_lengths("q_start", q_start, q.shape[0])
+    scale = checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
+    out_dtype = checked_out_dtype(q, out_dtype)
     choice = choose(q, k, num_splits=num_splits, implementation=implementation)
-    kv_len = _int32_per_row(kv_len, q.shape[0])
-    q_start = None if q_start is None else _int32_per_row(q_start, q.shape[0])
-    lo, hi = visible_ranges(kv_len, q.shape[1], S, q_start=q_start, window=window)
-    out, lse = _attend(
-        choice, implementation is None, q, k, v, lo, hi, scale=scale, softcap=softcap,
-        sinks=sinks, num_splits=num_splits, out_dtype=out_dtype,
+    kv_len, q_start = int32_lengths(k, kv_len, q_start)
+    lo, hi = visible_ranges(kv_len, q.shape[1], k.shape[1], q_start=q_start, window=window)
+    out, lse = attend_ranges(
+        choice, q, k, v, lo, hi, scale=scale, softcap=softcap, sinks=sinks, num_splits=num_splits,
+        out_dtype=out_dtype,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -129,8 +133,8 @@ def explain_attention(
     Takes arrays or `jax.ShapeDtypeStruct`s and runs nothing. Raises what the call would raise for
     these shapes and types.
     """
-    _check(q, k, v, scale, window, softcap, sinks, num_splits)
-    _check_out_dtype(q, out_dtype)
+    checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
+    checked_out_dtype(q, out_dtype)
     return choose(q, k, num_splits=num_splits, implementation=implementation)
 
 
@@ -148,7 +152,7 @@ def choose(
                 f"num_splits={num_splits} goes with an implementation that splits the keys; "
                 "'xla' does not, leave num_splits out"
             )
-        return AttentionChoice("xla", "asked for")
+        return AttentionChoice("xla", "asked for", asked_for=True)
     obstacle = flash_decode.why_not_here() or flash_decode.why_not(q, k)
     if implementation == "flash_decode" or num_splits is not None:
         if obstacle is not None:
@@ -156,7 +160,7 @@ def choose(
                 f"flash_decode cannot serve this call: {obstacle}; leave out implementation and "
                 "num_splits to run the portable implementation"
             )
-        return AttentionChoice("flash_decode", "asked for")
+        return AttentionChoice("flash_decode", "asked for", asked_for=implementation is not None)
     if obstacle is not None:
         return AttentionChoice("xla", f"the portable implementation; {obstacle}")
     if q.shape[1] > _MOST_DECODE_TOKENS:
@@ -165,11 +169,12 @@ def choose(
     return AttentionChoice("flash_decode", "split-KV kernels for this GPU")
 
 
-def _attend(
-    choice: AttentionChoice, by_platform: bool, *operands: Array, scale: float,
+def attend_ranges(
+    choice: AttentionChoice, q: Array, k: Array, v: Array, lo: Array, hi: Array, *, scale: float,
     softcap: float | None, sinks: Array | None, num_splits: int | None, out_dtype: Any,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Runs the chosen implementation on (q, k, v, lo, hi)."""
+    """Runs the chosen implementation on a checked call: query t sees slots lo[t] <= s < hi[t]."""
+    operands = vary_alike(q, k, v, lo, hi)
 
     def portable(*operands: Array) -> tuple[Array, Array]:
         out, lse = xla.attend(*operands, scale=scale, softcap=softcap, sinks=sinks)
@@ -183,7 +188,7 @@ def _attend(
 
     if choice.implementation == "xla":
         return portable(*operands)
-    if not by_platform:
+    if choice.asked_for:
         return split(*operands)
     # Decided when it is lowered: a process with a GPU may compile this call for its CPU.
     return lax.platform_dependent(*operands, cuda=split, default=portable)
@@ -213,10 +218,10 @@ def visible_ranges(
     return jnp.clip(lo, 0, S), hi
 
 
-def _check(
+def checked_scale(
     q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any, sinks: Any, num_splits: Any
 ) -> float:
-    """Checks everything that is known without values, and returns the scale."""
+    """The scale of the logits, after checking all that is known of a call without values."""
     _check_shapes(q, k, v, sinks)
     _check_dtypes(q, k, v, sinks)
     if window is not None and (not _is_integer(window) or window < 1):
@@ -258,11 +263,22 @@ def _check_dtypes(q: Any, k: Any, v: Any, sinks: Any) -> None:
         raise TypeError(f"sinks must be one of {_DTYPES}; found {sinks.dtype}")
 
 
-def _check_out_dtype(q: Any, out_dtype: Any) -> np.dtype:
+def checked_out_dtype(q: Any, out_dtype: Any) -> np.dtype:
+    """The dtype of the result: `out_dtype`, or q's."""
     out_dtype = np.dtype(q.dtype if out_dtype is None else out_dtype)
     if out_dtype not in _DTYPES:
         raise TypeError(f"out_dtype must be one of {_DTYPES} or None; found {out_dtype}")
     return out_dtype
+
+
+def int32_lengths(k: Any, kv_len: Lengths, q_start: Lengths | None) -> tuple[Array, Array | None]:
+    """kv_len and q_start as [B] int32, from checked scalars or [B] integers of any width."""
+    B, S = k.shape[:2]
+    kv_len = _checked_lengths("kv_len", kv_len, B, S)
+    if q_start is None:
+        return _int32_per_row(kv_len, B), None
+    q_start = _checked_lengths("q_start", q_start, B)
+    return _int32_per_row(kv_len, B), _int32_per_row(q_start, B)
 
 
 def _checked_lengths(name: str, value: Any, B: int, S: int | None = None) -> Any:

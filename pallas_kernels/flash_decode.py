@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxdecode.pallas_kernels.varying import vary_alike
 from jaxdecode.pallas_kernels.xla import attend_gradient
 
 if TYPE_CHECKING:
@@ -110,13 +110,8 @@ def _forward(q, k, v, lo, hi, sinks, scale, softcap, num_splits, out_dtype):
     config = split_config(q.shape, k.shape, num_splits, scale, softcap)
     partials = kernels.split_attention(q, k, v, lo, hi, config)
     results = kernels.combine_splits(*partials, sinks, q.shape[:3], out_dtype, config)
-    return _vary_like(results, (q, k, v, lo, hi))
-
-
-def _vary_like(results, operands):
-    """Inside shard_map: a kernel's results count as equal on all devices unless it is said here."""
-    axes = tuple(sorted({axis for x in operands for axis in jax.typeof(x).mat.varying}))
-    return tuple(lax.pcast(x, axes, to="varying") if axes else x for x in results)
+    # Inside shard_map a kernel's results would count as equal on all devices.
+    return vary_alike(*results, q)[:2]
 
 
 def split_config(

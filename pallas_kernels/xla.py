@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdecode.pallas_kernels.combine import add_sinks
+from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
 
@@ -112,8 +113,8 @@ def attend_gradient(
         return dq, dk, dv
 
     # A static trip count, so that the gradient can be differentiated again.
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-    dq, dk, dv = lax.fori_loop(0, -(-S // block), step, tuple(zeros))
+    zeros = vary_alike(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), q)[:3]
+    dq, dk, dv = lax.fori_loop(0, -(-S // block), step, zeros)
     return dq.reshape(B, T, N, H).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -139,11 +140,12 @@ def _forward(q, k, v, lo, hi, scale, softcap, block, dynamic):
         return acc, new_top, total
 
     rows = (B, K, N // K, T)
-    carry = (
+    carry = vary_alike(
         jnp.zeros((*rows, H), jnp.float32),
         jnp.full((*rows, 1), -jnp.inf, jnp.float32),
         jnp.zeros((*rows, 1), jnp.float32),
-    )
+        q,
+    )[:3]
     if S <= block:
         carry = step(0, carry)
     elif dynamic:

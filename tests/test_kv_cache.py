@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from naive_llama import CONFIG, random_model
 
-from jaxdecode.models.kv_cache import CAPACITY_MULTIPLE, KVCache, round_up_capacity
+from jaxdecode.models.kv_cache import BLOCK, KVCache, round_up_capacity
 
 B, S, T = 3, 128, 4
 K, H = CONFIG.num_kv_heads, CONFIG.head_dim
@@ -182,7 +182,7 @@ def test_capacity_is_rounded_up(asked, slots):
     cache = KVCache.create(CONFIG, 2, asked, "bfloat16")
     assert (cache.batch_size, cache.capacity) == (2, slots)
     assert round_up_capacity(asked) == slots
-    assert slots % CAPACITY_MULTIPLE == 0
+    assert slots % BLOCK == 0
     assert {x.shape for x in cache.keys + cache.values} == {(2, slots, K, H)}
     assert len(cache.keys) == len(cache.values) == CONFIG.num_layers
     assert cache.keys[0].dtype == jnp.bfloat16

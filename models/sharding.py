@@ -1,0 +1,193 @@
+"""How a model is cut over the devices of a mesh: dimension letters to mesh axes, in one table.
+
+Model code speaks of letters only: which dimensions an array has, and over which one it sums.
+B batch, S cache capacity, K KV heads, N query heads, H head_dim, D model width, F feed-forward
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdecode.models.config import LlamaConfig
+
+Array = jax.Array
+
+AXES = ("data", "tensor", "seq")
+
+# Within one array an axis cuts the first dimension that may have it: the cache [B, S, K, H] is cut
+# along S, so it keeps whole heads, while weights [D, N, H] give `seq` a share of each head's
+# columns. That divides all weights among all devices whatever the number of heads.
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data",),
+    "S": ("seq",),
+    "K": ("tensor",),
+    "N": ("tensor",),
+    "H": ("seq",),
+    "F": ("tensor", "seq"),
+    "V": ("tensor", "seq"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """One model's arrays on one mesh. Hashable, so that jit can key on it.
+
+    Attributes:
+      data, tensor, seq: devices along each axis.
+      whole: letters that RULES would cut but that stay whole on each device.
+      mesh: None for one device, and for planning without devices.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    seq: int = 1
+    whole: str = ""
+    mesh: Mesh | None = None
+
+    @property
+    def num_devices(self) -> int:
+        return self.data * self.tensor * self.seq
+
+    def axes(self, letter: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device that cut this dimension."""
+        if letter in self.whole:
+            return ()
+        return tuple(axis for axis in RULES.get(letter, ()) if getattr(self, axis) > 1)
+
+    def parts(self, letter: str) -> int:
+        """Into how many parts this dimension is cut."""
+        return math.prod(getattr(self, axis) for axis in self.axes(letter))
+
+    def spec(self, letters: str) -> PartitionSpec:
+        """Which axes cut each dimension of an array, one letter per dimension."""
+        taken: set[str] = set()
+        entries: list[tuple[str, ...] | None] = []
+        for letter in letters:
+            axes = tuple(axis for axis in self.axes(letter) if axis not in taken)
+            taken |= set(axes)
+            entries.append(axes or None)
+        return PartitionSpec(*entries)
+
+    def named(self, letters: str) -> NamedSharding:
+        """Where an array with these dimensions lies."""
+        if self.mesh is None:
+            raise ValueError("this sharding has no mesh; make one with fit_mesh")
+        return NamedSharding(self.mesh, self.spec(letters))
+
+    def local_shape(self, letters: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The part of an array that one device holds."""
+        cuts = [
+            math.prod(getattr(self, axis) for axis in entry or ()) for entry in self.spec(letters)
+        ]
+        return tuple(size // cut for size, cut in zip(shape, cuts, strict=True))
+
+    def constrain(self, x: Array, letters: str) -> Array:
+        """The same array, moved within jit to where these letters put it."""
+        if self.mesh is None:
+            return x
+        return lax.with_sharding_constraint(x, self.named(letters))
+
+    # Below: for code inside `jax.shard_map`; with one device each is the identity.
+
+    def sum(self, x: Array, letters: str) -> Array:
+        """x summed over the devices that hold parts of these dimensions."""
+        axes = tuple(dict.fromkeys(axis for letter in letters for axis in self.axes(letter)))
+        return lax.psum(x, axes) if axes else x
+
+    def gather(self, x: Array, letter: str, dimension: int) -> Array:
+        """x with its cut dimension whole again, on every device."""
+        axes = self.axes(letter)
+        return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+
+    def index(self, letter: str) -> Array | int:
+        """Which part of this dimension the device holds."""
+        axes = self.axes(letter)
+        return lax.axis_index(axes) if axes else 0
+
+
+def fit_mesh(config: LlamaConfig, mesh: Mesh) -> Sharding:
+    """The sharding of this model on a mesh with any of the axes data, tensor and seq.
+
+    Raises:
+      ValueError: an axis is unknown, or does not divide what it cuts; the message says what would.
+    """
+    sharding = fit(config, dict(mesh.shape))
+    # With Explicit axes JAX would ask for a sharding at every ambiguous operation.
+    return dataclasses.replace(sharding, mesh=Mesh(mesh.devices, mesh.axis_names))
+
+
+def fit(config: LlamaConfig, sizes: Mapping[str, int]) -> Sharding:
+    """Like `fit_mesh`, from the number of devices along each axis, for planning."""
+    unknown = [axis for axis in sizes if axis not in AXES]
+    if unknown:
+        raise ValueError(f"mesh axes must be among {', '.join(AXES)}; found {', '.join(unknown)}")
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"mesh axis {axis}={size} must be at least 1")
+    sharding = Sharding(sizes.get("data", 1), sizes.get("tensor", 1), sizes.get("seq", 1))
+    _check_divides(config, sharding, "tensor", sharding.tensor, "num_kv_heads", config.num_kv_heads)
+    _check_divides(config, sharding, "seq", sharding.seq, "head_dim", config.head_dim)
+    cut = sharding.tensor * sharding.seq
+    _check_divides(config, sharding, "tensor * seq", cut, "ffw_dim", config.ffw_dim)
+    if config.vocab_size % cut:
+        sharding = dataclasses.replace(sharding, whole="V")
+    return sharding
+
+
+def auto_sizes(config: LlamaConfig, num_devices: int) -> dict[str, int]:
+    """Axis sizes for all devices: heads first, the length of the cache where KV heads run out.
+
+    Raises:
+      ValueError: no mesh of so many devices fits; the message names the next smaller that does.
+    """
+    sizes = _best_sizes(config, num_devices)
+    if sizes is None:
+        fewer = next(n for n in range(num_devices - 1, 0, -1) if _best_sizes(config, n))
+        raise ValueError(
+            f"no mesh over {num_devices} devices divides num_kv_heads={config.num_kv_heads}, "
+            f"head_dim={config.head_dim} and ffw_dim={config.ffw_dim}; {fewer} devices fit"
+        )
+    return sizes
+
+
+def describe(config: LlamaConfig, sharding: Sharding) -> str:
+    """One line for people: the mesh, and what it does that they may not expect."""
+    text = "mesh: " + ", ".join(f"{axis}={getattr(sharding, axis)}" for axis in AXES)
+    if sharding.seq > 1:
+        text += "; the KV cache is cut along its length over seq"
+    if "V" in sharding.whole:
+        text += (
+            f"; embedding and output are whole on each device: {sharding.tensor * sharding.seq} "
+            f"does not divide the vocabulary of {config.vocab_size}"
+        )
+    return text
+
+
+def _best_sizes(config: LlamaConfig, num_devices: int) -> dict[str, int] | None:
+    if config.ffw_dim % num_devices:
+        return None
+    for tensor in range(min(num_devices, config.num_kv_heads), 0, -1):
+        seq, rest = divmod(num_devices, tensor)
+        if rest == 0 and config.num_kv_heads % tensor == 0 and config.head_dim % seq == 0:
+            return {"data": 1, "tensor": tensor, "seq": seq}
+    return None
+
+
+def _check_divides(
+    config: LlamaConfig, sharding: Sharding, axis: str, size: int, name: str, value: int
+) -> None:
+    if value % size == 0:
+        return
+    divisors = ", ".join(str(n) for n in range(1, value + 1) if value % n == 0 and n <= 1024)
+    best = _best_sizes(config, sharding.tensor * sharding.seq)
+    advice = f"; tensor={best['tensor']},seq={best['seq']} fits" if best else ""
+    raise ValueError(
+        f"mesh axis {axis}={size} does not divide {name}={value} (divisors: {divisors}){advice}"
+    )

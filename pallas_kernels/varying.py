@@ -1,0 +1,28 @@
+"""Types inside `jax.shard_map`: over which mesh axes a value may differ between devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+
+Array = jax.Array
+
+
+def vary_alike(*values: Array) -> tuple[Array, ...]:
+    """The same values, each typed as varying over every axis over which any of them varies.
+
+    Loop carries, branches and custom gradients want equal types; the gradient of this cast sums
+    over the axes it adds. Outside shard_map it does nothing.
+    """
+    axes = frozenset(axis for x in values for axis in _varying(x))
+    return tuple(_cast(x, axes - _varying(x)) for x in values)
+
+
+def _cast(x: Array, axes: frozenset[Any]) -> Array:
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def _varying(x: Array) -> frozenset[Any]:
+    return frozenset(jax.typeof(x).mat.varying)
