@@ -21,8 +21,8 @@ _HOME = {
     "RopeScaling": "jaxdecode.models.config",
     "load": "jaxdecode.checkpoint",
     "save": "jaxdecode.checkpoint",
-    "Chunk": "jaxdecode.generation",
-    "Result": "jaxdecode.generation",
+    "Chunk": "jaxdecode.results",
+    "Result": "jaxdecode.results",
     "generate": "jaxdecode.generation",
     "stream_generate": "jaxdecode.generation",
     "SamplingParams": "jaxdecode.sampling",
@@ -34,7 +34,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from jaxdecode.checkpoint import load, save
     from jaxdecode.errors import DecodeError
-    from jaxdecode.generation import Chunk, Result, generate, stream_generate
+    from jaxdecode.generation import generate, stream_generate
     from jaxdecode.models.config import PRESETS, LlamaConfig, RopeScaling
     from jaxdecode.models.kv_cache import KVCache
     from jaxdecode.models.llama import Llama
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         decode_attention,
         explain_attention,
     )
+    from jaxdecode.results import Chunk, Result
     from jaxdecode.sampling import SamplingParams
 
 

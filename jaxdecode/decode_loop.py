@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxdecode.models.kv_cache import KVCache
@@ -72,14 +73,15 @@ class SplitModel:
         return self.graph, self.structure
 
 
-def start_state(model: Llama, cache: KVCache, max_tokens: int) -> DecodeState:
-    """The state before prefill, which fills in logits and seen."""
+def start_state(model: Llama, cache: KVCache, remaining: np.ndarray) -> DecodeState:
+    """The state before prefill, which fills in logits and seen; remaining is [B] int32."""
     shape = (cache.batch_size, model.config.vocab_size)
+    place = model.sharding.place
     return DecodeState(
         cache=cache,
-        logits=jnp.zeros(shape, jnp.float32),
-        seen=jnp.zeros(shape, bool),
-        remaining=jnp.full(cache.batch_size, max_tokens, jnp.int32),
+        logits=place(np.zeros(shape, np.float32), "BD"),
+        seen=place(np.zeros(shape, bool), "BD"),
+        remaining=place(remaining, "B"),
     )
 
 
@@ -93,11 +95,12 @@ def prefill(
     logits, cache = model(
         tokens, state.cache, num_tokens=num_tokens, logits="last", implementation=implementation
     )
+    logits = model.sharding.constrain(logits[:, 0], "BD")
     real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < num_tokens[:, None]
     return dataclasses.replace(
         state,
         cache=cache,
-        logits=jnp.where((num_tokens > 0)[:, None], logits[:, 0], state.logits),
+        logits=jnp.where((num_tokens > 0)[:, None], logits, state.logits),
         seen=_mark(state.seen, tokens, real),
     )
 
@@ -131,9 +134,12 @@ def decode(
             token[:, None], state.cache,
             num_tokens=active.astype(jnp.int32), logits="last", implementation=implementation,
         )  # fmt: skip
+        # Each device samples from whole rows; what was made is whole in every process.
+        logits = model.sharding.constrain(logits[:, 0], "BD")
+        made = jax.tree.map(lambda x: model.sharding.constrain(x, ""), made)
         state = DecodeState(
             cache=cache,
-            logits=jnp.where(active[:, None], logits[:, 0], state.logits),
+            logits=jnp.where(active[:, None], logits, state.logits),
             seen=_mark(state.seen, token[:, None], active[:, None]),
             remaining=jnp.where(active & ~stopped, state.remaining - 1, 0),
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdecode.decode_loop import (
@@ -23,70 +22,15 @@ from jaxdecode.errors import NonFiniteLogitsError, RequestError
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
 from jaxdecode.prompts import encode_prompts
+from jaxdecode.results import Chunk, Result, TokenLogprobs
 from jaxdecode.sampling import SamplingArrays, SamplingParams, sample_indices
-from jaxdecode.stats import Stats, Stopwatch
+from jaxdecode.stats import Stopwatch
 from jaxdecode.text_stream import TextStream
 
 TOKENS_PER_DISPATCH = 8
 MAX_TOKENS_PER_DISPATCH = 1024
 PREFILL_STEP_SIZE = 512
 _SMALLEST_BUCKET = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities at one generated token, from the model's logits before penalties and
-    temperature.
-
-    Attributes:
-      logprob: of the token itself.
-      top: (token, logprob) of the likeliest tokens, likeliest first.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One generated text.
-
-    Attributes:
-      tokens: every id generated, a final eos included.
-      text: without eos and stop string; empty without a tokenizer.
-      finish_reason: "stop" (an eos or a stop string) or "length" (max_tokens).
-      logprobs: one per token, or None unless asked for.
-      seed: of the draws.
-      stats: counts and times of the whole call.
-      cache: continues after `tokens`; shared by all results of a call, row by row.
-    """
-
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    logprobs: list[TokenLogprobs] | None
-    seed: int
-    stats: Stats
-    cache: KVCache
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """One generated token as it comes.
-
-    Attributes:
-      text: new text that is final; "" while a character or a stop string is incomplete.
-      token: its id.
-      logprobs: None unless asked for.
-      finish_reason: None, and "stop" or "length" on the last chunk.
-      result: on the last chunk, the whole result.
-    """
-
-    text: str
-    token: int
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None = None
-    result: Result | None = None
 
 
 def generate(
@@ -203,26 +147,35 @@ class _Run:
     ):  # fmt: skip
         filled = [] if cache is None else _filled(model, cache)
         encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size, filled)
-        cache = _room_for(model, encoded, params.max_tokens, cache, filled)
+        idle = -len(encoded) % model.sharding.data
+        cache = _room_for(model, encoded, idle, params.max_tokens, cache, filled)
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
         stop_ids = _stop_ids(model, tokenizer, params)
         self.rows = [
             _Row(ids, _text_stream(tokenizer, params), frozenset(stop_ids)) for ids in encoded
         ]
         self._params = params
-        self._filled = filled or [0] * len(encoded)
+        self._idle = idle
+        self._filled = filled[: len(encoded)] or [0] * len(encoded)
         self._implementation = implementation
         self._model = SplitModel(model)
-        self._state: DecodeState = start_state(model, cache, params.max_tokens)
-        self._sampling = SamplingArrays.create(params, self.seed, sample_indices(encoded))
+        self._place = model.sharding.place
+        remaining = self._per_row([params.max_tokens] * len(encoded), idle=0)
+        self._state: DecodeState = start_state(model, cache, remaining)
+        indices = sample_indices(encoded) + [0] * idle
+        self._sampling = SamplingArrays.create(params, self.seed, indices)
         # Padded, so that the number of stop ids makes no new compilation.
         padding = -len(stop_ids) % 16 or 16 * (not stop_ids)
-        self._stop_ids = jnp.asarray(stop_ids + [-1] * padding, jnp.int32)
+        self._stop_ids = np.array(stop_ids + [-1] * padding, np.int32)
         self._watch = Stopwatch()
 
     @property
     def finished(self) -> bool:
         return all(row.finish_reason for row in self.rows)
+
+    def _per_row(self, values: Sequence[int], *, idle: int) -> np.ndarray:
+        """[B] int32 from one value per row, and one for those that only fill up the batch."""
+        return np.array([*values, *[idle] * self._idle], np.int32)
 
     def check_step_size(self, step_size: int) -> None:
         if step_size < _SMALLEST_BUCKET or step_size & (step_size - 1):
@@ -233,13 +186,13 @@ class _Run:
 
     def prefill(self, step_size: int = PREFILL_STEP_SIZE, on_prefill: Any = None) -> None:
         """Runs the prompts, `step_size` tokens of each at a time."""
-        lengths = np.array([len(row.prompt) for row in self.rows], np.int32)
+        lengths = self._per_row([len(row.prompt) for row in self.rows], idle=0)
         longest = int(lengths.max())
         with self._watch.phase("prompt"):
             for start in range(0, longest, step_size):
                 width = _bucket(min(step_size, longest - start))
-                tokens = np.zeros((len(self.rows), width), np.int32)
-                for row, padded in zip(self.rows, tokens, strict=True):
+                tokens = np.zeros((len(lengths), width), np.int32)
+                for row, padded in zip(self.rows, tokens, strict=False):
                     piece = row.prompt[start : start + width]
                     padded[: len(piece)] = piece
                 self._state = prefill(
@@ -287,11 +240,11 @@ class _Run:
             filled + len(row.prompt) + len(row.tokens)
             for filled, row in zip(self._filled, self.rows, strict=True)
         ]
-        stopped = np.array([row.finish_reason is not None for row in self.rows])
+        running = [row.finish_reason is None for row in self.rows]
         self._state = dataclasses.replace(
             self._state,
-            cache=self._state.cache.truncate(jnp.asarray(kept, jnp.int32)),
-            remaining=jnp.where(stopped, 0, self._state.remaining),
+            cache=self._state.cache.truncate(self._place(self._per_row(kept, idle=0), "B")),
+            remaining=self._state.remaining * self._place(self._per_row(running, idle=0), "B"),
         )
 
     def results(self) -> list[Result]:
@@ -327,12 +280,13 @@ def _filled(model: Llama, cache: KVCache) -> list[int]:
             f"cache has (layers, KV heads, head_dim) = {found}, but the model {expected}; "
             "make it with model.init_cache(batch_size, capacity)"
         )
-    return np.asarray(cache.lengths).tolist()
+    return model.sharding.fetch(cache.lengths).tolist()
 
 
 def _room_for(
     model: Llama,
     prompts: list[list[int]],
+    idle: int,
     max_tokens: int,
     cache: KVCache | None,
     filled: list[int],
@@ -349,10 +303,14 @@ def _room_for(
             )
         # Sizes in steps, so that similar requests share a compilation.
         capacity = 1 << (needed - 1).bit_length() if needed <= 1024 else -(-needed // 1024) * 1024
-        return model.init_cache(len(prompts), capacity)
-    if len(filled) != len(prompts):
+        return model.init_cache(len(prompts) + idle, capacity)
+    if len(filled) != len(prompts) + idle:
         raise RequestError(f"cache has {len(filled)} rows but there are {len(prompts)} prompts")
-    for have, prompt in zip(filled, prompts, strict=True):
+    if any(filled[len(prompts) :]):
+        raise RequestError(
+            f"the cache holds tokens in {len(filled)} rows but there are {len(prompts)} prompts"
+        )
+    for have, prompt in zip(filled, prompts, strict=False):
         if have + len(prompt) + max_tokens > cache.capacity:
             raise RequestError(
                 f"the cache holds {have} tokens of its capacity {cache.capacity}; a prompt of "

@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -93,6 +95,16 @@ class Sharding:
         if self.mesh is None:
             return x
         return lax.with_sharding_constraint(x, self.named(letters))
+
+    def place(self, x: np.ndarray, letters: str) -> Array:
+        """An array of the host, the same in every process, on the devices."""
+        return jnp.asarray(x) if self.mesh is None else jax.device_put(x, self.named(letters))
+
+    def fetch(self, x: Array) -> np.ndarray:
+        """A small array's values on the host, in every process."""
+        if not x.is_fully_addressable:
+            x = jax.jit(lambda x: x, out_shardings=self.named(""))(x)
+        return np.asarray(x)
 
     # Below: for code inside `jax.shard_map`; with one device each is the identity.
 

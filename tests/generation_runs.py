@@ -12,7 +12,8 @@ import functools
 import numpy as np
 from naive_llama import CONFIG, ToyTokenizer, naive_logits, random_model, random_params
 
-from jaxdecode.generation import Result, generate, stream_generate
+from jaxdecode.generation import generate, stream_generate
+from jaxdecode.results import Result
 from jaxdecode.sampling import SamplingParams
 
 TOKENIZER = ToyTokenizer()

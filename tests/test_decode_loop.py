@@ -82,7 +82,7 @@ def inputs(model: Llama, prompts=PROMPTS):
         row[: len(prompt)] = prompt
     counts = np.array([len(p) for p in prompts], np.int32)
     sampling = SamplingArrays.create(SamplingParams(), 0, [0] * B)
-    state = start_state(model, model.init_cache(B, CAPACITY), 30)
+    state = start_state(model, model.init_cache(B, CAPACITY), np.full(B, 30, np.int32))
     stop_ids = jnp.full(16, -1, jnp.int32)
     return SplitModel(model), state, jnp.asarray(tokens), jnp.asarray(counts), sampling, stop_ids
 

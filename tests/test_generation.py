@@ -19,8 +19,8 @@ from generation_runs import (
 )
 from naive_llama import BOS, CONFIG, EOS, ChatTokenizer, ToyTokenizer, random_model
 
-from jaxdecode.generation import Result, TokenLogprobs
 from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.results import Result, TokenLogprobs
 
 
 # Greedy and sampled tokens

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from generation_runs import SAMPLED, TOKENIZER, cached, naive_greedy, run_one, stream
 
-from jaxdecode.generation import Chunk
+from jaxdecode.results import Chunk
 
 
 # Streaming

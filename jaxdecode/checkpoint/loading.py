@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxdecode.checkpoint.arrays import Progress, load_params
 from jaxdecode.checkpoint.files import shown
 from jaxdecode.checkpoint.hub_cache import find_in_hub_cache, is_hub_name
 from jaxdecode.checkpoint.source import WeightSource, checked_dtype
-from jaxdecode.errors import CheckpointError
-from jaxdecode.models.llama import Llama
+from jaxdecode.errors import CheckpointError, RequestError
+from jaxdecode.models.config import LlamaConfig
+from jaxdecode.models.llama import Llama, param_letters
+from jaxdecode.models.sharding import Sharding, describe, fit_mesh
 
 if TYPE_CHECKING:
     from jaxdecode.tokenizer import Tokenizer
@@ -28,17 +31,21 @@ _EXPECTED = (
 
 
 def load(
-    path_or_name: str | os.PathLike[str], *, dtype: Any = None, on_progress: Progress | None = None
-) -> tuple[Llama, Tokenizer | None]:
+    path_or_name: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
+    on_progress: Progress | None = None,
+) -> tuple[Llama, Tokenizer | None]:  # fmt: skip
     """Load a model and its tokenizer.
 
     Weights go one by one straight to their dtype and device, so the host needs little more memory
-    than the result takes. No random weights are made.
+    than the result takes; over a mesh, each process reads only what its devices hold. No random
+    weights are made.
 
     Args:
       path_or_name: a Hugging Face model directory (safetensors), a .gguf file, a directory made by
         `save`, "smollm2-135m" (the default model, fetched once), or "org/name" in the local Hugging
         Face cache.
+      mesh: devices to cut the model over, with any of the axes data (batch), tensor (heads,
+        feed-forward, vocabulary) and seq (length of the cache). None: the default device.
       dtype: "float32", "bfloat16" or "float16". None: the stored one; for quantised weights
         bfloat16 on a GPU or TPU and float32 on a CPU.
       on_progress: called with ("loading", bytes done, bytes in all), and likewise while the default
@@ -49,16 +56,41 @@ def load(
 
     Raises:
       CheckpointError: there is no such model, or its files are damaged or do not fit together.
-      RequestError: dtype is none of the above.
+      RequestError: dtype is none of the above, or the mesh does not divide the model.
     """
     wanted = None if dtype is None else checked_dtype(dtype)
     source = open_source(path_or_name, on_progress=on_progress)
     try:
+        sharding = Sharding() if mesh is None else checked_sharding(source.config, mesh)
+        if sharding.whole:
+            _say(describe(source.config, sharding))
         tokenizer = source.tokenizer()
-        params = load_params(source, wanted or default_dtype(source), on_progress=on_progress)
-        return Llama.from_params(source.config, params), tokenizer
+        model = load_model(source, wanted, sharding, on_progress=on_progress)
+        return model, tokenizer
     finally:
         source.close()
+
+
+def load_model(
+    source: WeightSource, dtype: str | None, sharding: Sharding, *,
+    on_progress: Progress | None = None,
+) -> Llama:  # fmt: skip
+    """The model of an opened source, over the devices of `sharding`; dtype None: as `load`."""
+    dtype = dtype or default_dtype(source)
+    letters = param_letters(source.config)
+    places = None
+    if sharding.mesh is not None:
+        places = {name: sharding.named(dims) for name, dims in letters.items()}
+    params = load_params(source, dtype, shardings=places, on_progress=on_progress)
+    return Llama.from_params(source.config, params, sharding)
+
+
+def checked_sharding(config: LlamaConfig, mesh: Mesh) -> Sharding:
+    """`fit_mesh` with the errors of this family."""
+    try:
+        return fit_mesh(config, mesh)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
 
 
 def default_dtype(source: WeightSource) -> str:

@@ -14,7 +14,7 @@ from jaxdecode.errors import ChatTemplateError, RequestError
 
 if TYPE_CHECKING:
     from jaxdecode.cli.runtime import Loaded
-    from jaxdecode.generation import Result, TokenLogprobs
+    from jaxdecode.results import Result, TokenLogprobs
     from jaxdecode.tokenizer import Tokenizer
 
 Prompt = Annotated[

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 if TYPE_CHECKING:
     import jax
 
-    from jaxdecode.generation import Stats
+    from jaxdecode.stats import Stats
 
 OnProgress = Callable[[str, int, int], None]
 

@@ -21,12 +21,14 @@ from jaxdecode.checkpoint.source import WeightSource
 from jaxdecode.cli import options
 from jaxdecode.cli.output import Report, progress_bars, say_warning
 from jaxdecode.errors import DeviceError, RequestError, TokenizerError
-from jaxdecode.generation import PREFILL_STEP_SIZE, Result, stream_generate
+from jaxdecode.generation import PREFILL_STEP_SIZE, stream_generate
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
+from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import AttentionChoice, explain_attention
 from jaxdecode.prompts import encode_prompts
+from jaxdecode.results import Result
 from jaxdecode.sampling import SamplingParams
 from jaxdecode.tokenizer import Tokenizer
 
@@ -68,8 +70,7 @@ def load_model(
         report.say(f"device: {report.device.device_kind}; attention: {choice}; weights: {dtype}")
         tokenizer = _tokenizer(source, chat_template)
         with progress_bars(report, "bytes") as on_progress:
-            params = loading.load_params(source, dtype, on_progress=on_progress)
-        model = Llama.from_params(source.config, params)
+            model = loading.load_model(source, dtype, Sharding(), on_progress=on_progress)
     finally:
         source.close()
     return Loaded(
