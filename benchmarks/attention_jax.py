@@ -1,0 +1,240 @@
+"""The attention benchmark's JAX side: jaxdecode and jax.nn. attention.py starts it and asks it.
+
+A chain calls one implementation many times in one jitted function. The result of a call is the
+next one's query, so the calls run one after the other and nothing is spent on keeping them so.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention_cases import CASES, DTYPE, Case, H, T, check_result
+from attention_worker import attempt, serve
+
+import jaxdecode as jd
+
+Array = jax.Array
+Call = Callable[[Array, Array, Array, Array], Array]
+KernelTimes = Callable[[Callable[[], object]], list[float]]
+
+COMPILE_THREADS = 8
+SAMPLES, SAMPLE_S = 5, 0.02  # timings of `us`, and how much work each holds at least
+KERNEL_SAMPLES = 3
+
+
+def implementation_calls(case: Case) -> dict[str, Call]:
+    """Every implementation as call(q, k, v, kv_len) -> out.
+
+    jax.nn is told no lengths where the caches are full: it is faster without.
+    """
+
+    def jax_nn(implementation: str) -> Call:
+        def call(q: Array, k: Array, v: Array, kv_len: Array) -> Array:
+            lengths = None if case.is_full else kv_len
+            return jax.nn.dot_product_attention(
+                q, k, v, key_value_seq_lengths=lengths, implementation=implementation
+            )
+
+        return call
+
+    ours = functools.partial(functools.partial, jd.decode_attention)
+    return {
+        "flash_decode": ours(implementation="flash_decode"),
+        "flash_decode_nosplit": ours(implementation="flash_decode", num_splits=1),
+        "jaxdecode_xla": ours(implementation="xla"),
+        "xla": jax_nn("xla"),
+        "cudnn": jax_nn("cudnn"),
+    }
+
+
+def chain(call: Call, calls: int) -> Callable:
+    """run(q, keys, values, kv_len) -> results of the first and the last of `calls` calls."""
+    call = jax.jit(call)  # traced and lowered once for the whole chain
+
+    def run(q: Array, keys: list[Array], values: list[Array], kv_len: Array) -> tuple:
+        results = []
+        for i in range(calls):
+            q = call(q, keys[i % len(keys)], values[i % len(keys)], kv_len)
+            results.append(q)
+        return results[0], results[-1]
+
+    return run
+
+
+def make_inputs(case: Case) -> tuple[Array, Array, Array]:
+    """q, k, v: random, with needles that no implementation may lose and poison past the end.
+
+    The queries of a KV head share a direction. Three keys along it weigh about as much as all the
+    others together: the first, the middle and the last visible one. The first dead slot would
+    outweigh everything.
+    """
+    keys = jax.random.split(jax.random.key(0), 4)
+    kv_shape = (case.B, case.S, case.K, H)
+    k, v = (jax.random.normal(key, kv_shape, DTYPE) for key in keys[:2])
+    pull = jax.random.normal(keys[2], (case.B, case.K, H))
+    pull = 8 * pull / jnp.linalg.norm(pull, axis=-1, keepdims=True)
+    q = jax.random.normal(keys[3], (case.B, T, case.N, H))
+    q = (q + jnp.repeat(pull, case.N // case.K, axis=1)[:, None]).astype(DTYPE)
+
+    row, kv_len = np.arange(case.B), np.array(case.kv_len)
+    unit = pull * (math.sqrt(H) / 64)  # a logit of 1 for a query of that direction alone
+    needle = (np.log(kv_len).astype(np.float32)[:, None, None] * unit).astype(DTYPE)
+    for slot in (np.zeros_like(kv_len), kv_len // 2, kv_len - 1):
+        k = k.at[row, slot].set(needle)
+    k = k.at[row, kv_len].set(4 * needle, mode="drop")
+    return q, k, v.at[row, kv_len].set(100.0, mode="drop")
+
+
+def reference(q: Array, k: Array, v: Array, kv_len: Array) -> Array:
+    """Plain attention in float32."""
+    B, _, N, _ = q.shape
+    _, S, K, _ = k.shape
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q = q.reshape(B, K, N // K, H) * H**-0.5
+    logits = jnp.einsum("bkgh,bskh->bkgs", q, k, precision="highest")
+    visible = jnp.arange(S)[None, :] < kv_len[:, None]
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=-1)
+    out = jnp.einsum("bkgs,bskh->bkgh", weights, v, precision="highest")
+    return out.reshape(B, T, N, H)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The compiled programs of one case, by implementation where there are several."""
+
+    inputs: Future
+    reference: Future
+    chains: dict[str, Future]
+
+
+def prepare(case: Case, implementations: list[str], pool: concurrent.futures.Executor) -> Prepared:
+    """Lowers here, where Python is the limit, and compiles in the threads of `pool`."""
+    q = jax.ShapeDtypeStruct((case.B, T, case.N, H), DTYPE)
+    kv = jax.ShapeDtypeStruct((case.B, case.S, case.K, H), DTYPE)
+    kv_len = jax.ShapeDtypeStruct((case.B,), jnp.int32)
+    caches = [kv] * case.rotation.buffers
+
+    def compiled(function: Callable, *shapes: Any) -> Future:
+        try:
+            return pool.submit(jax.jit(function).lower(*shapes).compile)
+        except Exception as error:  # noqa: BLE001  what it cannot serve is its result
+            future: Future = Future()
+            future.set_exception(error)
+            return future
+
+    return Prepared(
+        compiled(functools.partial(make_inputs, case)),
+        compiled(reference, q, kv, kv, kv_len),
+        {
+            name: compiled(chain(call, case.rotation.calls), q, caches, caches, kv_len)
+            for name, call in implementation_calls(case).items()
+            if name in implementations
+        },
+    )
+
+
+def measure(case: Case, prepared: Prepared, kernel_times: KernelTimes) -> dict[str, dict]:
+    """{"us", "kernel_us"} of each implementation, or its {"failure"}."""
+    q, k, v = prepared.inputs.result()()
+    kv_len = jnp.asarray(case.kv_len, jnp.int32)
+    ref = prepared.reference.result()(q, k, v, kv_len)
+    rotation = case.rotation
+    caches = [
+        tuple([x.copy() for _ in range(rotation.buffers)] for x in (k, v))
+        for _ in range(rotation.chains)
+    ]
+
+    def one(compiled: Future) -> dict:
+        program = compiled.result()
+        check_result(program(q, *caches[0], kv_len)[0], ref)
+
+        def rotate(times: int) -> None:
+            for _ in range(times):
+                for keys, values in caches:
+                    last = program(q, keys, values, kv_len)
+            jax.block_until_ready(last)
+
+        calls = rotation.calls * rotation.chains
+        us = time_of(rotate) / calls * 1e6
+        samples = [kernel_times(lambda: rotate(1)) for _ in range(KERNEL_SAMPLES)]
+        if min(map(len, samples)) < calls:
+            raise RuntimeError(f"CUPTI saw {len(samples[0])} kernels of {calls} calls")
+        return {"us": us, "kernel_us": statistics.median(map(sum, samples)) / calls * 1e6}
+
+    return {name: attempt(functools.partial(one, c)) for name, c in prepared.chains.items()}
+
+
+def time_of(rotate: Callable[[int], None]) -> float:
+    """Seconds of one rotation among many in a row, the median of several samples."""
+    rotate(1)
+
+    def seconds(times: int) -> float:
+        start = time.perf_counter()
+        rotate(times)
+        return (time.perf_counter() - start) / times
+
+    times = math.ceil(SAMPLE_S / seconds(1))
+    return statistics.median(seconds(times) for _ in range(SAMPLES))
+
+
+def cupti_kernel_times(run: Callable[[], object]) -> list[float]:
+    """Seconds of each kernel that runs on the GPU while `run` does. `run` waits for its end."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
+        run()
+    finally:
+        # False: the process stays attached to CUPTI, which it will need again.
+        kernels = cupti._cupti_get_timings(False)
+    return [milliseconds / 1e3 for _, milliseconds in kernels]
+
+
+def main() -> None:
+    """Answers attention.py: first "prepare", then "read_peak" and "measure"."""
+    prepared: dict[int, Prepared] = {}
+    pool = concurrent.futures.ThreadPoolExecutor(COMPILE_THREADS)
+
+    def answer(request: dict) -> Any:
+        match request["do"]:
+            case "prepare":
+                deadline = time.monotonic() + request["seconds"]
+                for index in request["cases"]:
+                    if time.monotonic() > deadline:
+                        break
+                    prepared[index] = prepare(CASES[index], request["implementations"], pool)
+                pool.shutdown()  # waits for all of them
+                device = jax.devices()[0].device_kind
+                return {
+                    "versions": {"jax": jax.__version__},
+                    "device": device,
+                    "missing": {},
+                    "cases": list(prepared),
+                }
+            case "read_peak":
+                from jaxdecode.read_bandwidth import measure_read_bandwidth
+
+                return measure_read_bandwidth(jax.devices()[0])
+            case "measure":
+                index = request["case"]
+                # Popped: a measured case's programs are not needed again.
+                return measure(CASES[index], prepared.pop(index), cupti_kernel_times)
+        raise ValueError(f"unknown request {request}")
+
+    serve(answer)
+
+
+if __name__ == "__main__":
+    main()
