@@ -15,7 +15,8 @@ from source_hash import ROOT, source_hash
 
 
 def stale_results(folder: pathlib.Path, current: str) -> list[str]:
-    """Returns one line for each .json file under `folder` whose "source" is not `current`."""
+    """Returns one line for each .json file under `folder` whose "source" is not `current`, and for
+    each record of a run of tests that failed."""
     lines = []
     for path in sorted(folder.rglob("*.json")):
         reason = _reason(path, current)
@@ -34,6 +35,8 @@ def _reason(path: pathlib.Path, current: str) -> str | None:
         return 'has no "source", so the code it measured is unknown'
     if source != current:
         return f"measured other code (of {results.get('date', 'an unknown date')}); run it again"
+    if results.get("exit_status", 0) != 0:
+        return f"records a run of tests that ended with status {results['exit_status']}"
     return None
 
 

@@ -24,11 +24,21 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if CI else "local")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu-record", metavar="PATH", help="write what a run of -m gpu found")
+
+
 def pytest_configure(config):
+    if config.option.gpu_record and not hasattr(config, "workerinput"):
+        from gpu_record import GpuRecord
+
+        config.pluginmanager.register(GpuRecord(pathlib.Path(config.option.gpu_record)))
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_num_cpu_devices", 8)
     if selects_gpu(config.option.markexpr):
+        # The processes of -n share the GPU; by itself each would take three quarters of it.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         if jax.default_backend() != "gpu":
             raise pytest.UsageError("-m gpu needs a GPU, and JAX found none")
     else:
