@@ -165,7 +165,7 @@ SIDE = """
                 return {{"device": "GPU", "versions": {{"jax": "1"}}, "cases": request["cases"],
                         "missing": {missing!r}}}
             case "read_peak":
-                return 4e12
+                return {{"copy": 3e12, "tma": 4e12}}
             case "measure":
                 if request["case"] == {breaks_at!r}:
                     print("out of luck", file=sys.stderr)
@@ -212,6 +212,7 @@ def test_run_writes_rows_after_every_case(make_side, cases, tmp_path, capsys):
     }
     assert (last["S"], last["implementation"]) == (2048, "fa3")
     assert (results["device"], results["jax"], results["read_peak_tb_s"]) == ("GPU", "1", 4.0)
+    assert results["read_rates_tb_s"] == {"copy": 3.0, "tma": 4.0}
     assert results["missing"] == {"flashinfer": "no wheel"}
     assert (len(results["rows"]), results["failures"], results["not_measured"]) == (4, [], [])
     assert attention.exit_status(results) == 0

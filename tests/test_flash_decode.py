@@ -1,4 +1,4 @@
-"""The split-KV kernels: interpreted on the CPU with race detection, lowered for CUDA, run on a GPU.
+"""The split-KV kernels: interpreted on the CPU with race detection, and lowered for CUDA.
 
 conftest.py leaves this file out where jax has no interpreter for them (before 0.11.2).
 """
@@ -206,50 +206,3 @@ def test_a_call_lowered_for_the_cpu_runs_there_though_a_gpu_is_chosen(monkeypatc
     expected = decode_attention(q, k, v, kv_len, implementation="xla")
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
     np.testing.assert_array_equal(jax.jit(decode_attention)(q, k, v, kv_len), expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("num_splits", [None, 1, 2, 5, 17])
-@pytest.mark.parametrize("T", [1, 2, 5, 16])
-@pytest.mark.parametrize("heads", [(8, 8), (8, 1), (32, 8), (9, 3), (64, 8), (28, 4), (71, 1)])
-def test_gpu_grid(heads, T, num_splits, dtype):
-    check((4, T, 1024, *heads), {}, num_splits, dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("S", [64, 200, 4096, 32768])
-def test_gpu_options(name, S):
-    B, T, _, N, K, options = CASES[name]
-    check((B, T, S, N, K), options, None)
-
-
-@pytest.mark.gpu
-def test_gpu_repeats_are_bit_equal():
-    q, k, v, kv_len = inputs(4, 1, 8192, 32, 4)
-    first = jax.tree.map(np.asarray, attend(q, k, v, kv_len))
-    for _ in range(250):
-        again = jax.tree.map(np.asarray, attend(q, k, v, kv_len))
-        assert all((x == y).all() for x, y in zip(first, again, strict=True))
-
-
-@pytest.mark.gpu
-def test_gpu_rows_do_not_depend_on_the_batch():
-    q, k, v, kv_len = inputs(4, 1, 8192, 32, 4)
-    whole, _ = attend(q, k, v, kv_len, num_splits=6)
-    for row in range(4):
-        one = slice(row, row + 1)
-        alone, _ = attend(q[one], k[one], v[one], kv_len[one], num_splits=6)
-        np.testing.assert_array_equal(whole[one], alone)
-
-
-@pytest.mark.gpu
-def test_gpu_offsets_past_two_to_the_31():
-    """The last row lies past 2^31 elements: a 32-bit offset would read the first one."""
-    B, S, K, H = 3, 2**20, 8, 128
-    k = jnp.zeros((B, S, K, H), jnp.bfloat16).at[B - 1].set(1.0)
-    q = jnp.ones((B, 1, K, H), jnp.bfloat16)
-    out, _ = attend(q, k, k, np.array([1, 1, S], np.int32))
-    assert out[0, 0, 0, 0] == 0.0
-    assert abs(out[B - 1, 0, 0, 0] - 1.0) < 1e-6

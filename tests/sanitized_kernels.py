@@ -1,0 +1,62 @@
+"""Runs kernels under compute-sanitizer: `sanitized_kernels.py flash_decode|out_of_bounds|race`.
+
+The last two have a planted fault each, which shows that the tool sees such faults in our kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxdecode.pallas_kernels import decode_attention
+
+
+def flash_decode():
+    """Capacities that are and are not a multiple of a tile, one query token and several."""
+    rng = np.random.default_rng(0)
+    for S, T, num_splits in ((512, 1, None), (200, 3, 3), (512, 2, 1)):
+        shapes = ((2, T, 8, 128), (2, S, 2, 128), (2, S, 2, 128))
+        q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+        kv_len = jnp.asarray([S, S // 2 + 1], jnp.int32)
+        out = decode_attention(
+            q, k, v, kv_len, implementation="flash_decode", num_splits=num_splits
+        )
+        assert np.isfinite(np.asarray(out, np.float32)).all()
+
+
+def out_of_bounds():
+    """Writes one element past the end of its result."""
+
+    def kernel(out_ref):
+        out_ref[lax.axis_index("i") + 128] = jnp.float32(1)
+
+    shape = jax.ShapeDtypeStruct((128,), jnp.float32)
+    plgpu.kernel(kernel, out_type=shape, grid=(1,), grid_names=("i",))().block_until_ready()
+
+
+def race():
+    """Two warpgroups write the same shared memory, and neither waits for the other."""
+
+    def kernel(out_ref, smem):
+        thread = lax.axis_index("thread").astype(jnp.float32)
+        layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+        smem[...] = plgpu.layout_cast(jnp.full((128,), thread), layout)
+        out_ref[...] = plgpu.load(smem, layout=layout)
+
+    plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
+        scratch_types=[plgpu.SMEM((128,), jnp.float32)],
+        num_threads=2,
+        thread_name="thread",
+    )().block_until_ready()
+
+
+if __name__ == "__main__":
+    {"flash_decode": flash_decode, "out_of_bounds": out_of_bounds, "race": race}[sys.argv[1]]()
+    print("done")
