@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import pathlib
 import sys
 import time
@@ -39,12 +40,17 @@ def main() -> int:
     options = parser.parse_args()
     cases = chosen_cases(options.only)
     names = chosen_implementations(options.implementations)
+    jax_environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        # Room for torch; by itself JAX takes three quarters of the GPU at its start.
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5",
+    }
+    jax_command = [sys.executable, str(FOLDER / "attention_jax.py")]
+    torch_command = [options.torch_python, str(FOLDER / "attention_torch.py")]
     sides = [
-        # Room for torch beside JAX, which by itself takes three quarters of the GPU at its start.
-        Side([sys.executable, str(FOLDER / "attention_jax.py")], names, OURS + JAX_PEERS,
-             {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
-        Side([options.torch_python, str(FOLDER / "attention_torch.py")], names, TORCH_PEERS, {}),
-    ]  # fmt: skip
+        Side(jax_command, names, OURS + JAX_PEERS, jax_environment),
+        Side(torch_command, names, TORCH_PEERS, {}),
+    ]
     try:
         results = run(sides, cases, options.budget_s, options.output)
     finally:

@@ -30,7 +30,7 @@ KernelTimes = Callable[[Callable[[], object]], list[float]]
 
 COMPILE_THREADS = 8
 SAMPLES, SAMPLE_S = 5, 0.02  # timings of `us`, and how much work each holds at least
-KERNEL_SAMPLES = 3
+KERNEL_ROTATIONS = 3
 
 
 def implementation_calls(case: Case) -> dict[str, Call]:
@@ -167,10 +167,11 @@ def measure(case: Case, prepared: Prepared, kernel_times: KernelTimes) -> dict[s
 
         calls = rotation.calls * rotation.chains
         us = time_of(rotate) / calls * 1e6
-        samples = [kernel_times(lambda: rotate(1)) for _ in range(KERNEL_SAMPLES)]
-        if min(map(len, samples)) < calls:
-            raise RuntimeError(f"CUPTI saw {len(samples[0])} kernels of {calls} calls")
-        return {"us": us, "kernel_us": statistics.median(map(sum, samples)) / calls * 1e6}
+        kernels = kernel_times(lambda: rotate(KERNEL_ROTATIONS))
+        calls *= KERNEL_ROTATIONS
+        if len(kernels) < calls:
+            raise RuntimeError(f"CUPTI saw {len(kernels)} kernels of {calls} calls")
+        return {"us": us, "kernel_us": sum(kernels) / calls * 1e6}
 
     return {name: attempt(functools.partial(one, c)) for name, c in prepared.chains.items()}
 

@@ -30,7 +30,7 @@ NEEDS = {
     "flashinfer": ("flashinfer", "flashinfer-python"),
 }
 SAMPLES, SAMPLE_MS = 5, 20.0  # timings of `us`, and how much work each holds at least
-KERNEL_SAMPLES = 3
+KERNEL_REPLAYS = 3
 WORKSPACE_BYTES = 256 * 2**20
 
 
@@ -204,15 +204,14 @@ def time_graph(calls: list[Callable[[], Tensor]]) -> dict[str, float]:
 
     times = math.ceil(SAMPLE_MS / milliseconds(1))
     us = statistics.median(milliseconds(times) for _ in range(SAMPLES)) * 1e3
-    samples = [kernel_microseconds(graph.replay) for _ in range(KERNEL_SAMPLES)]
-    if min(map(len, samples)) < len(calls):
-        raise RuntimeError(f"the profiler saw {len(samples[0])} kernels of {len(calls)} calls")
-    kernel_us = statistics.median(map(sum, samples)) / len(calls)
-    return {"us": us / len(calls), "kernel_us": kernel_us}
+    kernels = kernel_microseconds(lambda: [graph.replay() for _ in range(KERNEL_REPLAYS)])
+    if len(kernels) < KERNEL_REPLAYS * len(calls):
+        raise RuntimeError(f"the profiler saw {len(kernels)} kernels of {len(calls)} calls")
+    return {"us": us / len(calls), "kernel_us": sum(kernels) / KERNEL_REPLAYS / len(calls)}
 
 
 def kernel_microseconds(run: Callable[[], Any]) -> list[float]:
-    """The duration of everything that runs on the GPU while `run` does."""
+    """The duration of each kernel that runs on the GPU while `run` does."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -222,11 +221,12 @@ def kernel_microseconds(run: Callable[[], Any]) -> list[float]:
         event.time_range.elapsed_us()
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))  # as on the JAX side
     ]
 
 
-def prepare(names: list[str]) -> dict:
-    """Imports what the implementations need, and builds FlashInfer's kernels."""
+def prepare(names: list[str], cases: list[Case]) -> dict:
+    """Imports what the implementations need, and builds FlashInfer's kernels for the cases."""
     versions, missing = {"torch": torch.__version__}, {}
     for name in names:
         module, distribution = NEEDS.get(name, ("torch", "torch"))
@@ -238,8 +238,8 @@ def prepare(names: list[str]) -> dict:
     if not torch.cuda.is_available():
         return {"versions": versions, "missing": dict.fromkeys(names, "torch finds no GPU")}
     if "flashinfer" in names and "flashinfer" not in missing:
-        for single, grouped in ((True, True), (False, True), (False, False)):
-            flashinfer_obstacle(single, grouped)
+        for case in cases:
+            flashinfer_obstacle(case.B == 1, case.N != case.K)
     return {"versions": versions, "missing": missing}
 
 
@@ -250,7 +250,8 @@ def main() -> None:
     def answer(request: dict) -> Any:
         match request["do"]:
             case "prepare":
-                found = prepare(request["implementations"])
+                cases = [CASES[index] for index in request["cases"]]
+                found = prepare(request["implementations"], cases)
                 names.extend(
                     name for name in request["implementations"] if name not in found["missing"]
                 )
