@@ -67,15 +67,17 @@ class Sharding:
         """Into how many parts this dimension is cut."""
         return math.prod(getattr(self, axis) for axis in self.axes(letter))
 
-    def spec(self, letters: str) -> PartitionSpec:
-        """Which axes cut each dimension of an array, one letter per dimension."""
-        taken: set[str] = set()
-        entries: list[tuple[str, ...] | None] = []
+    def cuts(self, letters: str) -> list[tuple[str, ...]]:
+        """The mesh axes that cut each dimension of an array, one letter per dimension."""
+        cuts: list[tuple[str, ...]] = []
         for letter in letters:
-            axes = tuple(axis for axis in self.axes(letter) if axis not in taken)
-            taken |= set(axes)
-            entries.append(axes or None)
-        return PartitionSpec(*entries)
+            taken = {axis for axes in cuts for axis in axes}
+            cuts.append(tuple(axis for axis in self.axes(letter) if axis not in taken))
+        return cuts
+
+    def spec(self, letters: str) -> PartitionSpec:
+        """The same for JAX."""
+        return PartitionSpec(*(axes or None for axes in self.cuts(letters)))
 
     def named(self, letters: str) -> NamedSharding:
         """Where an array with these dimensions lies."""
@@ -85,10 +87,8 @@ class Sharding:
 
     def local_shape(self, letters: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The part of an array that one device holds."""
-        cuts = [
-            math.prod(getattr(self, axis) for axis in entry or ()) for entry in self.spec(letters)
-        ]
-        return tuple(size // cut for size, cut in zip(shape, cuts, strict=True))
+        parts = [math.prod(getattr(self, axis) for axis in axes) for axes in self.cuts(letters)]
+        return tuple(size // part for size, part in zip(shape, parts, strict=True))
 
     def constrain(self, x: Array, letters: str) -> Array:
         """The same array, moved within jit to where these letters put it."""
@@ -159,12 +159,15 @@ def auto_sizes(config: LlamaConfig, num_devices: int) -> dict[str, int]:
     Raises:
       ValueError: no mesh of so many devices fits; the message names the next smaller that does.
     """
-    sizes = _best_sizes(config, num_devices)
-    if sizes is None:
-        fewer = next(n for n in range(num_devices - 1, 0, -1) if _best_sizes(config, n))
+    if num_devices < 1:
+        raise ValueError(f"num_devices must be at least 1, found {num_devices}")
+    sizes = _largest_fitting(config, num_devices)
+    fitting = math.prod(sizes.values())
+    if fitting < num_devices:
         raise ValueError(
             f"no mesh over {num_devices} devices divides num_kv_heads={config.num_kv_heads}, "
-            f"head_dim={config.head_dim} and ffw_dim={config.ffw_dim}; {fewer} devices fit"
+            f"head_dim={config.head_dim} and ffw_dim={config.ffw_dim}; the next smaller number "
+            f"that fits is {fitting}"
         )
     return sizes
 
@@ -182,6 +185,13 @@ def describe(config: LlamaConfig, sharding: Sharding) -> str:
     return text
 
 
+def _largest_fitting(config: LlamaConfig, num_devices: int) -> dict[str, int]:
+    """The mesh of at most so many devices, as many as fit; one always does."""
+    return next(
+        sizes for n in range(num_devices, 0, -1) if (sizes := _best_sizes(config, n)) is not None
+    )
+
+
 def _best_sizes(config: LlamaConfig, num_devices: int) -> dict[str, int] | None:
     if config.ffw_dim % num_devices:
         return None
@@ -197,9 +207,9 @@ def _check_divides(
 ) -> None:
     if value % size == 0:
         return
-    divisors = ", ".join(str(n) for n in range(1, value + 1) if value % n == 0 and n <= 1024)
-    best = _best_sizes(config, sharding.tensor * sharding.seq)
-    advice = f"; tensor={best['tensor']},seq={best['seq']} fits" if best else ""
+    divisors = ", ".join(str(n) for n in range(1, min(value, 1024) + 1) if value % n == 0)
+    best = _largest_fitting(config, sharding.tensor * sharding.seq)
     raise ValueError(
-        f"mesh axis {axis}={size} does not divide {name}={value} (divisors: {divisors}){advice}"
+        f"mesh axis {axis}={size} does not divide {name}={value} (divisors: {divisors}); "
+        f"tensor={best['tensor']},seq={best['seq']} fits"
     )
