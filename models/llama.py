@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, cache_tree
@@ -181,32 +182,12 @@ class Llama(nnx.Module):
         # Clipped, so that a traced count can neither skip slots nor take tokens back.
         count = jnp.full(B, T, jnp.int32) if num_tokens is None else num_tokens
         num_tokens = jnp.clip(count, 0, T).astype(jnp.int32)
-        run = partial(
-            self._run if self.sharding.mesh is None else self._run_sharded,
-            last=logits == "last", implementation=implementation, num_splits=num_splits,
-        )  # fmt: skip
-        return run(tokens, cache, num_tokens)
-
-    def _run_sharded(self, *operands: Any, **options: Any) -> tuple[Array, KVCache]:
-        """`_run` on each device with its part of the weights, of the cache and of the batch."""
-        graph, state = nnx.split(self)
-        flat = nnx.to_flat_state(state)
-        letters, spec = param_letters(self.config), self.sharding.spec
-        cache_specs = cache_tree(self.config, self.sharding.parts("S"), spec)
-
-        def run(leaves: list[Array], *operands: Any) -> tuple[Array, KVCache]:
-            parts = [(path, x.replace(leaf)) for (path, x), leaf in zip(flat, leaves, strict=True)]
-            return nnx.merge(graph, nnx.from_flat_state(parts))._run(*operands, **options)
-
-        return jax.shard_map(
-            run,
-            mesh=self.sharding.mesh,
-            in_specs=(
-                [spec(letters[_dotted(path)]) for path, _ in flat], spec("BT"), cache_specs,
-                spec("B"),
-            ),
-            out_specs=(spec("BTV"), cache_specs),
-        )([x[...] for _, x in flat], *operands)  # fmt: skip
+        options: dict[str, Any] = {
+            "last": logits == "last", "implementation": implementation, "num_splits": num_splits,
+        }  # fmt: skip
+        if self.sharding.mesh is None:
+            return self._run(tokens, cache, num_tokens, **options)
+        return _run_sharded(*nnx.split(self), tokens, cache, num_tokens, **options)
 
     def _run(
         self, tokens: Array, cache: KVCache, num_tokens: Array, *,
@@ -275,6 +256,38 @@ class Llama(nnx.Module):
         return model
 
 
+# A jit of its own: outside of any, shard_map compiles every operation at every call.
+@partial(jax.jit, static_argnames=("graph", "last", "implementation", "num_splits"))
+def _run_sharded(
+    graph: Any, state: Any, tokens: Array, cache: KVCache, num_tokens: Array, *,
+    last: bool, implementation: str | None, num_splits: int | None,
+) -> tuple[Array, KVCache]:  # fmt: skip
+    """`Llama._run` on each device with its part of the weights, of the cache and of the batch."""
+    model = nnx.merge(graph, state)
+    sharding, letters = model.sharding, param_letters(model.config)
+    flat, spec = nnx.to_flat_state(state), sharding.spec
+    cache_specs = cache_tree(model.config, sharding.parts("S"), spec)
+
+    def run(leaves: list[Array], *operands: Any) -> tuple[Array, KVCache]:
+        parts = [(path, x.replace(leaf)) for (path, x), leaf in zip(flat, leaves, strict=True)]
+        return nnx.merge(graph, nnx.from_flat_state(parts))._run(
+            *operands, last=last, implementation=implementation, num_splits=num_splits
+        )
+
+    return jax.shard_map(
+        run,
+        mesh=sharding.mesh,
+        in_specs=(
+            [spec(letters[_dotted(path)]) for path, _ in flat], spec("BT"), cache_specs, spec("B"),
+        ),
+        out_specs=(spec("BTV"), cache_specs),
+    )(
+        # What a caller put on a mesh with Explicit axes would not be moved to its place.
+        [x[...] for _, x in flat], sharding.constrain(tokens, "BT"), cache,
+        sharding.constrain(num_tokens, "B"),
+    )  # fmt: skip
+
+
 def param_letters(config: LlamaConfig) -> dict[str, str]:
     """Dotted name -> dimension letters of every weight, from the embedding to the head.
 
@@ -327,6 +340,11 @@ def _check_call(
         raise ValueError(
             f"the cache is cut into {parts} parts but the model's mesh wants {wanted}; "
             "make it with model.init_cache"
+        )
+    if model.sharding.mesh and AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        raise ValueError(
+            "a model on a mesh cannot run inside jax.set_mesh of a mesh with Explicit axes; "
+            "run it outside, or make that mesh with axis_types of AxisType.Auto"
         )
     if num_tokens is not None and getattr(num_tokens, "shape", None) != (B,):
         found = getattr(num_tokens, "shape", num_tokens)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdecode.pallas_kernels.combine import add_sinks, combine_partials
 from jaxdecode.pallas_kernels.decode_attention import (
@@ -126,8 +127,9 @@ def sharded_decode_attention(
     Args:
       q, k, v, kv_len and all keywords not named here: as in `decode_attention`, of all devices
         together. k and v should lie as PartitionSpec(batch_axis, seq_axis, head_axis) says, or
-        they are moved there.
-      mesh: has the axes that are named.
+        every call moves them there.
+      mesh: has the axes that are named, Auto or Explicit. Arrays that were put on other devices are
+        an error.
       seq_axis: the axis that cuts S; its size must divide S.
       block: None if each device holds a contiguous part of the positions. Otherwise positions are
         dealt to the devices round-robin by blocks of so many slots, which must divide S / n: a
@@ -137,41 +139,112 @@ def sharded_decode_attention(
     Returns:
       As `decode_attention`; cut like q over batch_axis and head_axis, equal over seq_axis.
     """
-    checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
+    scale = checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
     out_dtype = checked_out_dtype(q, out_dtype)
-    make_part = _parts(k.shape[1], mesh, seq_axis, block)
+    layout = _checked_layout(k, mesh, seq_axis, block, batch_axis, head_axis)
     kv_len, q_start = int32_lengths(k, kv_len, q_start)
     q_start = kv_len - q.shape[1] if q_start is None else q_start
+    operands = (q, k, v, kv_len, q_start, sinks)
+    out, lse = _attend_over_mesh(
+        *(layout.put(x, spec) for x, spec in zip(operands, layout.in_specs, strict=True)),
+        layout=layout, scale=scale, window=window, softcap=softcap, num_splits=num_splits,
+        implementation=implementation, out_dtype=out_dtype,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
 
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How the arrays of one call are cut over a mesh: the axes of each dimension, and `block`."""
+
+    mesh: Mesh
+    seq: str
+    batch: AxisNames
+    heads: AxisNames
+    block: int
+
+    @property
+    def queries(self) -> PartitionSpec:
+        return PartitionSpec(self.batch, None, self.heads)
+
+    @property
+    def in_specs(self) -> tuple[PartitionSpec, ...]:
+        """Of q, k, v, kv_len, q_start and sinks."""
+        cache, rows = PartitionSpec(self.batch, self.seq, self.heads), PartitionSpec(self.batch)
+        return self.queries, cache, cache, rows, rows, PartitionSpec(self.heads)
+
+    def part(self) -> Part:
+        """This device's, inside `jax.shard_map`."""
+        return Part(lax.axis_index(self.seq), self.mesh.shape[self.seq], self.block)
+
+    def put(self, x: Array | None, spec: PartitionSpec) -> Array | None:
+        """x where Explicit axes have to find it; over Auto axes JAX moves it itself."""
+        if x is None or AxisType.Explicit not in self.mesh.axis_types:
+            return x
+        return jax.reshard(x, NamedSharding(self.mesh, spec))
+
+
+# One jit for the module: outside of any, shard_map compiles every operation at every call.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "layout", "scale", "window", "softcap", "num_splits", "implementation", "out_dtype",
+    ),
+)  # fmt: skip
+def _attend_over_mesh(
+    q, k, v, kv_len, q_start, sinks,
+    *, layout, scale, window, softcap, num_splits, implementation, out_dtype,
+):  # fmt: skip
     def attend(q, k, v, kv_len, q_start, sinks):
         out, lse = attend_part(
-            q, k, v, kv_len, make_part(lax.axis_index(seq_axis)), q_start=q_start, scale=scale,
-            window=window, softcap=softcap, num_splits=num_splits, implementation=implementation,
+            q, k, v, kv_len, layout.part(), q_start=q_start, scale=scale, window=window,
+            softcap=softcap, num_splits=num_splits, implementation=implementation,
         )  # fmt: skip
-        out, lse = combine_partials(out, lse, axis_name=seq_axis)
+        out, lse = combine_partials(out, lse, axis_name=layout.seq)
         if sinks is not None:  # once, after the merge
             out, lse = add_sinks(out, lse, sinks)
         return out.astype(out_dtype), lse
 
-    queries, rows = PartitionSpec(batch_axis, None, head_axis), PartitionSpec(batch_axis)
-    cache = PartitionSpec(batch_axis, seq_axis, head_axis)
-    out, lse = jax.shard_map(
-        attend, mesh=mesh,
-        in_specs=(queries, cache, cache, rows, rows, PartitionSpec(head_axis)),
-        out_specs=(queries, queries),
-    )(q, k, v, kv_len, q_start, sinks)  # fmt: skip
-    return (out, lse) if return_lse else out
+    return jax.shard_map(
+        attend, mesh=layout.mesh, in_specs=layout.in_specs, out_specs=(layout.queries,) * 2
+    )(q, k, v, kv_len, q_start, sinks)
 
 
-def _parts(S: int, mesh: Mesh, seq_axis: str, block: int | None) -> Callable[[Array], Part]:
-    """From a device's index to its part of the slots."""
-    if seq_axis not in mesh.shape:
-        raise ValueError(f"the mesh has no axis {seq_axis!r}; it has {', '.join(mesh.axis_names)}")
-    count = mesh.shape[seq_axis]
-    slots, rest = divmod(S, count)
-    if rest:
-        raise ValueError(f"mesh axis {seq_axis}={count} does not divide the capacity S={S}")
+def _checked_layout(
+    k: Array, mesh: Mesh, seq_axis: str, block: int | None, batch_axis: AxisNames,
+    head_axis: AxisNames,
+) -> _Layout:  # fmt: skip
+    B, S, K, _ = k.shape
+    used = [
+        *_checked_axes("batch_axis", batch_axis, mesh, "batch", B),
+        *_checked_axes("seq_axis", seq_axis, mesh, "capacity", S),
+        *_checked_axes("head_axis", head_axis, mesh, "num_kv_heads", K),
+    ]
+    if len(set(used)) < len(used):
+        raise ValueError(
+            f"a mesh axis cuts one dimension only; found {batch_axis=}, {seq_axis=}, {head_axis=}"
+        )
+    slots = S // mesh.shape[seq_axis]
     block = slots if block is None else block
-    if block < 1 or slots % block:
+    if not isinstance(block, numbers.Integral) or block < 1 or slots % block:
         raise ValueError(f"block={block} must be a divisor of {slots}, the slots of one device")
-    return functools.partial(Part, count=count, block=block)
+    return _Layout(mesh, seq_axis, batch_axis, head_axis, int(block))
+
+
+def _checked_axes(
+    argument: str, axes: AxisNames, mesh: Mesh, dimension: str, size: int
+) -> tuple[str, ...]:
+    """The axes one by one, after checking that the mesh has them and that they divide `size`."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    for axis in names:
+        if axis not in mesh.shape:
+            raise ValueError(
+                f"{argument}={axes!r}: the mesh has no axis {axis!r}; "
+                f"it has {', '.join(map(repr, mesh.axis_names))}"
+            )
+    parts = math.prod(mesh.shape[axis] for axis in names)
+    if size % parts:
+        raise ValueError(
+            f"{argument}={axes!r} has {parts} devices, which do not divide {dimension}={size}"
+        )
+    return names
