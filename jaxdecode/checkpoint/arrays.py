@@ -12,6 +12,8 @@ from jaxdecode.checkpoint.hf_layout import Index, bounded, file_blocks, layout_o
 from jaxdecode.checkpoint.source import WeightSource, cast_weight, numpy_dtype
 from jaxdecode.models.llama import param_shapes
 
+# Start and stop along each axis of a weight: a slice that can be a key.
+Span = tuple[tuple[int, int], ...]
 Progress = Callable[[str, int, int], None]
 
 # JAX's CPU backend adopts a NumPy buffer that is aligned to this, instead of copying it.
@@ -61,35 +63,65 @@ def _read(
     dtype: np.dtype,
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
-    pieces: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    def span(index: Index | None) -> Span:
+        # None is jax's word for all of a scalar.
+        cuts = bounded(() if index is None else index, shape)
+        return tuple((cut.start, cut.stop) for cut in cuts)
 
-    def piece(index: Index | None) -> np.ndarray:
-        # Devices that hold copies ask for the same piece; None is jax's word for all of a scalar.
-        index = bounded(() if index is None else index, shape)
-        key = tuple((cut.start, cut.stop) for cut in index)
-        if key not in pieces:
-            pieces[key] = _read_piece(source, name, shape, index, dtype)
-        return pieces[key]
-
-    return jax.make_array_from_callback(shape, sharding, piece)
+    places = sharding.addressable_devices_indices_map(shape).values()
+    pieces = read_pieces(source, name, shape, {span(index) for index in places}, dtype)
+    return jax.make_array_from_callback(shape, sharding, lambda index: pieces[span(index)])
 
 
-def _read_piece(
-    source: WeightSource, name: str, shape: tuple[int, ...], index: Index, dtype: np.dtype
-) -> np.ndarray:
-    """The slice `index` of a weight of `shape`, in `dtype`, C-contiguous and aligned."""
-    result = _aligned_empty(tuple(cut.stop - cut.start for cut in index), dtype)
+def read_pieces(
+    source: WeightSource, name: str, shape: tuple[int, ...], spans: set[Span], dtype: np.dtype
+) -> dict[Span, np.ndarray]:
+    """Slices of a weight of `shape`, in `dtype`, C-contiguous and aligned.
+
+    The block that holds them all is read once, some rows of the file at a time: devices may hold
+    copies, or stripes of the same rows, which would have to be found and unpacked for each again.
+    """
+    pieces = {
+        span: _aligned_empty(tuple(stop - start for start, stop in span), dtype) for span in spans
+    }
+    box = tuple(
+        slice(min(start for start, _ in cuts), max(stop for _, stop in cuts))
+        for cuts in zip(*spans, strict=True)
+    )
     axis = layout_of(name).row_axis
     step = rows_per_step(name, shape, _ROWS_AT_A_TIME)
-    for block in file_blocks(name, index, 4):
+    for block in file_blocks(name, box, 4):
+        wanted = [
+            span
+            for span in spans
+            if block[axis].start < span[axis][1] and span[axis][0] < block[axis].stop
+        ]
+        if not wanted:
+            continue
         values = cast_weight(source.read(name, block), dtype, name)
-        begin = block[axis].start - index[axis].start
-        for row in range(0, values.shape[axis], step):
-            rows = (slice(None),) * axis
-            count = min(step, values.shape[axis] - row)
-            to = (*rows, slice(begin + row, begin + row + count))
-            result[to] = values[*rows, row : row + count]
-    return result
+        for span in wanted:
+            common = tuple(
+                slice(max(cut.start, start), min(cut.stop, stop))
+                for cut, (start, stop) in zip(block, span, strict=True)
+            )
+            begin = [cut.start for cut in block]
+            target = pieces[span][_moved(common, [start for start, _ in span])]
+            _copy(values[_moved(common, begin)], target, axis, step)
+    return pieces
+
+
+def _moved(index: Index, origin: list[int]) -> Index:
+    """The same slice, counted from `origin`."""
+    return tuple(
+        slice(cut.start - start, cut.stop - start) for cut, start in zip(index, origin, strict=True)
+    )
+
+
+def _copy(values: np.ndarray, target: np.ndarray, axis: int, step: int) -> None:
+    """Copies `step` indices of the axis at a time, so that what is turned stays in the cache."""
+    for row in range(0, values.shape[axis], step):
+        rows = (*(slice(None),) * axis, slice(row, row + step))
+        target[rows] = values[rows]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

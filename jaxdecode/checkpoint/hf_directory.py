@@ -14,8 +14,8 @@ from jaxdecode.checkpoint.hf_layout import (
     Index,
     Layout,
     bounded,
-    file_index,
     file_shapes,
+    file_slices,
     from_file,
     layout_of,
     part_shape,
@@ -113,22 +113,26 @@ class HfDirectory:
         index = bounded(index, shape)
         sizes = part_shape(layout, shape)
         if len(layout.tensors) == 1:
-            return from_file(layout, sizes, index, self._stored(layout, sizes, index, [0]))[0]
+            return from_file(layout, index, self._stored(layout, sizes, index, [0]))[0]
         rest = (index[0], *index[2:])
         parts = range(index[1].start, index[1].stop)
         stored = self._stored(layout, sizes, rest, parts)
-        return np.moveaxis(from_file(layout, sizes, rest, stored), 0, 1)
+        return np.moveaxis(from_file(layout, rest, stored), 0, 1)
 
     def _stored(
         self, layout: Layout, shape: tuple[int, ...], index: Index, parts: Sequence[int]
     ) -> np.ndarray:
         """What the files hold of the slice `index` of each of `parts`, stacked."""
-        cut = file_index(layout, shape, index)
-        names = [layout.tensors[part] for part in parts]
-        pieces = [self._files[name].read(name, cut) for name in names]
+        cuts = file_slices(layout, shape, index)
+        pieces = [self._joined(layout.tensors[part], cuts, layout.merged_axis) for part in parts]
         if len({piece.dtype for piece in pieces}) > 1:
             pieces = [piece.astype(np.float32) for piece in pieces]  # holds what either type does
         return pieces[0][None] if len(pieces) == 1 else np.stack(pieces)
+
+    def _joined(self, name: str, cuts: list[Index], axis: int) -> np.ndarray:
+        """Slices of one of the files' tensors, one behind the other along `axis`."""
+        pieces = [self._files[name].read(name, cut) for cut in cuts]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
 
     def tokenizer(self) -> Tokenizer | None:
         """The directory's tokenizer, None if it has none."""

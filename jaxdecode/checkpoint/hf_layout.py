@@ -43,6 +43,11 @@ class Layout(NamedTuple):
         axis = self.order[0]
         return axis + 1 if len(self.tensors) > 1 and axis > 0 else axis
 
+    @property
+    def merged_axis(self) -> int:
+        """The axis of the file in which most axes of ours are merged."""
+        return max(range(len(self.axes)), key=lambda axis: len(self.axes[axis]))
+
 
 _HEADS_FIRST = ((1, 2), (0,))
 _TURNED = ((1,), (0,))
@@ -92,41 +97,48 @@ def file_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def file_index(layout: Layout, shape: tuple[int, ...], index: Index) -> Index:
-    """The slice of the file's tensor that holds the slice `index` of a part of `shape`.
+def file_slices(layout: Layout, shape: tuple[int, ...], index: Index) -> list[Index]:
+    """The slices of the file's tensor that hold the slice `index` of a part of `shape`.
 
-    Of merged axes the first is cut and the others are taken whole.
+    One, unless only some of each head's dimensions are wanted: then one for each head, which
+    follow each other along `layout.merged_axis`.
     """
+    merged = layout.axes[layout.merged_axis]
+    if all(index[axis] == slice(0, shape[axis]) for axis in merged[1:]):
+        return [_file_slice(layout, shape, index)]
+    heads = index[merged[0]]
+    return [
+        _file_slice(layout, shape, (*index[: merged[0]], slice(n, n + 1), *index[merged[0] + 1 :]))
+        for n in range(heads.start, heads.stop)
+    ]
+
+
+def _file_slice(layout: Layout, shape: tuple[int, ...], index: Index) -> Index:
+    """Of merged axes, the others are wanted whole, or of the first a single index."""
     result = []
-    for group in layout.axes:
-        inner = math.prod(shape[axis] for axis in group[1:])
-        outer = index[group[0]]
-        result.append(slice(outer.start * inner, outer.stop * inner))
+    for first, *inner in layout.axes:
+        start, stop = index[first].start, index[first].stop
+        for axis in inner:
+            start, stop = (
+                start * shape[axis] + index[axis].start,
+                (stop - 1) * shape[axis] + index[axis].stop,
+            )
+        result.append(slice(start, stop))
     return tuple(result)
 
 
-def from_file(
-    layout: Layout, shape: tuple[int, ...], index: Index, parts: np.ndarray
-) -> np.ndarray:
-    """The slice `index` of some parts of `shape`, from the file's slices `file_index(...)` of each.
+def from_file(layout: Layout, index: Index, parts: np.ndarray) -> np.ndarray:
+    """The slice `index` of some parts, from the file's slices `file_slices(...)` of each.
 
     Args:
-      layout, shape, index: of one part.
-      parts: the slices of the file's tensors, stacked along a new first axis.
+      layout, index: of one part.
+      parts: what the slices of each part hold, joined, and stacked along a new first axis.
 
     Returns:
       A view [parts, ...] in our order of axes.
     """
-    inner = {axis for group in layout.axes for axis in group[1:]}
-    cuts = [index[axis] for axis in layout.order]
-    whole = [
-        shape[axis] if axis in inner else cut.stop - cut.start
-        for axis, cut in zip(layout.order, cuts, strict=True)
-    ]
-    kept = [
-        cut if axis in inner else slice(None) for axis, cut in zip(layout.order, cuts, strict=True)
-    ]
-    turned = parts.reshape(len(parts), *whole)[:, *kept]
+    sizes = [index[axis].stop - index[axis].start for axis in layout.order]
+    turned = parts.reshape(len(parts), *sizes)
     return turned.transpose(0, *(np.argsort(layout.order) + 1))
 
 
