@@ -55,24 +55,15 @@ class KVCache:
         sharding = sharding or Sharding()
         if batch_size % sharding.data:
             raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the mesh axis data={sharding.data}"
+                f"batch_size={batch_size} must be a multiple of data={sharding.data} in the mesh; "
+                f"make {-(-batch_size // sharding.data) * sharding.data} rows, of which some idle"
             )
         parts = sharding.parts("S")
         shape = (
             batch_size, round_up_capacity(capacity, parts), config.num_kv_heads, config.head_dim,
         )  # fmt: skip
-        layers = range(config.num_layers)
-
-        def empty() -> KVCache:
-            keys = tuple(jnp.zeros(shape, dtype) for _ in layers)
-            values = tuple(jnp.zeros(shape, dtype) for _ in layers)
-            return cls(keys, values, jnp.zeros(batch_size, jnp.int32), parts)
-
-        if sharding.mesh is None:
-            return empty()
-        places = cache_tree(config, parts, sharding.named)
-        # Compiled, so that each device makes its own part.
-        return jax.jit(empty, out_shardings=places)()
+        make = _empty if sharding.mesh is None else _empty_on_mesh
+        return make(config.num_layers, shape, jnp.dtype(dtype), sharding)
 
     @property
     def capacity(self) -> int:
@@ -131,6 +122,20 @@ class KVCache:
         kept = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, self.capacity)
         kept = jnp.broadcast_to(kept, self.lengths.shape)
         return dataclasses.replace(self, lengths=jnp.minimum(self.lengths, kept))
+
+
+def _empty(
+    num_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding
+) -> KVCache:
+    def layers() -> tuple[Array, ...]:
+        return tuple(sharding.constrain(jnp.zeros(shape, dtype), "BSKH") for _ in range(num_layers))
+
+    lengths = sharding.constrain(jnp.zeros(shape[0], jnp.int32), "B")
+    return KVCache(layers(), layers(), lengths, sharding.parts("S"))
+
+
+# Compiled, so that each device makes its own part.
+_empty_on_mesh = jax.jit(_empty, static_argnums=(0, 1, 2, 3))
 
 
 def cache_tree(config: LlamaConfig, num_parts: int, make: Callable[[str], Any]) -> KVCache:

@@ -53,6 +53,10 @@ class Sharding:
     whole: str = ""
     mesh: Mesh | None = None
 
+    def __str__(self) -> str:
+        """The axes of more than one device, such as tensor=2,seq=2; empty for one device."""
+        return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
+
     @property
     def num_devices(self) -> int:
         return self.data * self.tensor * self.seq
@@ -175,12 +179,15 @@ def auto_sizes(config: LlamaConfig, num_devices: int) -> dict[str, int]:
 def describe(config: LlamaConfig, sharding: Sharding) -> str:
     """One line for people: the mesh, and what it does that they may not expect."""
     text = "mesh: " + ", ".join(f"{axis}={getattr(sharding, axis)}" for axis in AXES)
+    cut = sharding.tensor * sharding.seq
     if sharding.seq > 1:
         text += "; the KV cache is cut along its length over seq"
+        if config.num_kv_heads % cut:
+            text += f", as {config.num_kv_heads} KV heads do not divide among {cut} devices"
     if "V" in sharding.whole:
         text += (
-            f"; embedding and output are whole on each device: {sharding.tensor * sharding.seq} "
-            f"does not divide the vocabulary of {config.vocab_size}"
+            f"; embedding and output are whole on each device, as {cut} does not divide the "
+            f"vocabulary of {config.vocab_size}"
         )
     return text
 

@@ -87,6 +87,11 @@ def load_model(
 
 def checked_sharding(config: LlamaConfig, mesh: Mesh) -> Sharding:
     """`fit_mesh` with the errors of this family."""
+    if not isinstance(mesh, Mesh):
+        raise RequestError(
+            f"mesh must be a jax.sharding.Mesh or None, found {mesh!r:.100}; "
+            "jax.make_mesh((2, 2), ('tensor', 'seq')) makes one"
+        )
     try:
         return fit_mesh(config, mesh)
     except ValueError as error:

@@ -56,6 +56,7 @@ def chat(
     context_size: options.Context = None,
     attn: options.Attn = "auto",
     device: options.Device = "auto",
+    mesh: options.Mesh = None,
     no_compilation_cache: options.NoCompilationCache = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -72,7 +73,7 @@ def chat(
         seed=seed,
     )  # fmt: skip
     loaded = runtime.load_model(
-        report, model, dtype=dtype, attn=attn, device=device,
+        report, model, dtype=dtype, attn=attn, device=device, mesh=mesh,
         compilation_cache=not no_compilation_cache, chat_template=chat_template,
     )  # fmt: skip
     if loaded.tokenizer.chat_template is None:
@@ -161,8 +162,10 @@ def continued(
     loaded: Loaded, conversation: Conversation, tokens: list[int], capacity: int
 ) -> tuple[KVCache, list[int]]:
     """The cache cut back to what it shares with `tokens`, and those that it lacks, at least one."""
+    from jaxdecode.cli import runtime
+
     if conversation.cache is None:
-        return loaded.model.init_cache(1, capacity), tokens
+        return runtime.empty_cache(loaded.model, capacity), tokens
     shared = 0
     for old, new in zip(conversation.cached, tokens[:-1], strict=False):
         if old != new:

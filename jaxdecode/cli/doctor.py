@@ -16,6 +16,8 @@ from jaxdecode.errors import DeviceError
 if TYPE_CHECKING:
     import jax
 
+    from jaxdecode.models.config import LlamaConfig
+
 _PACKAGES = (
     "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "tokenizers",
     "gguf", "jinja2", "typer", "rich", "jax-cuda13-plugin", "jax-cuda12-plugin",
@@ -66,13 +68,26 @@ def _device_lines(chosen: jax.Device) -> list[str]:
     from jaxdecode.cli.runtime import choose_attention
     from jaxdecode.models.config import PRESETS
 
-    lines = [f"device: {_device(device)}" for device in jax.devices(chosen.platform)]
+    devices = jax.devices(chosen.platform)
+    lines = [f"device: {_device(device)}" for device in devices]
     config = PRESETS["llama-3.1-8b"]
     heads = f"{config.num_q_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
     for dtype in ("bfloat16", "float32"):
         choice = choose_attention(config, dtype, None)
         lines.append(f"attention: {choice} (a decode step in {dtype}, {heads})")
+    lines.append(f"{_auto_mesh(config, len(devices))} (--mesh auto, for the same model)")
     return lines
+
+
+def _auto_mesh(config: LlamaConfig, num_devices: int) -> str:
+    """What --mesh auto would choose for this model, or why it could not."""
+    from jaxdecode.models.sharding import auto_sizes, describe, fit
+
+    try:
+        sharding = fit(config, auto_sizes(config, num_devices))
+    except ValueError as error:
+        return f"mesh: none: {error}"
+    return describe(config, sharding)
 
 
 def _device(device: jax.Device) -> str:

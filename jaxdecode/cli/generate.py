@@ -95,6 +95,7 @@ def generate(
     prefill_step_size: PrefillStepSize = 512,
     attn: options.Attn = "auto",
     device: options.Device = "auto",
+    mesh: options.Mesh = None,
     no_compilation_cache: options.NoCompilationCache = False,
     stream: Stream = True,
     logprobs: Logprobs = None,
@@ -115,7 +116,7 @@ def generate(
     )  # fmt: skip
     text = read_prompt(prompt, prompt_file)
     loaded = runtime.load_model(
-        report, model, dtype=dtype, attn=attn, device=device,
+        report, model, dtype=dtype, attn=attn, device=device, mesh=mesh,
         compilation_cache=not no_compilation_cache, chat_template=chat_template,
     )  # fmt: skip
     params = runtime.with_seed(report, params)
@@ -200,6 +201,8 @@ def json_answer(report: Report, loaded: Loaded, model: str, result: Result) -> d
         "model": model,
         "dtype": loaded.model.dtype.name,
         "device": loaded.device_name,
+        "num_devices": loaded.model.sharding.num_devices,
+        "mesh": str(loaded.model.sharding),
         "attention": loaded.attention,
         "logprobs": _json_logprobs(loaded.tokenizer, result.logprobs),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -129,6 +130,15 @@ Device = Annotated[
     Literal["auto", "gpu", "cpu"],
     typer.Option(metavar="NAME", rich_help_panel=RUN, help="Where it runs: auto, gpu or cpu."),
 ]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZES|auto",
+        rich_help_panel=RUN,
+        help="Devices to cut the model over, such as tensor=2,seq=2: data (batch), tensor (heads, "
+        "feed-forward, vocabulary), seq (length of the KV cache); auto takes all devices.",
+    ),
+]
 NoCompilationCache = Annotated[
     bool,
     typer.Option(
@@ -159,6 +169,27 @@ Verbose = Annotated[
         help="Show the traceback of an error.",
     ),
 ]
+
+
+def parse_mesh(text: str) -> dict[str, int] | Literal["auto"]:
+    """The number of devices along each axis that --mesh names, in its order; or "auto".
+
+    Raises:
+      RequestError: it is no such list, or names an axis twice.
+    """
+    if text == "auto":
+        return "auto"
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        found = re.fullmatch(r"\s*([a-z]+)\s*=\s*([1-9][0-9]{0,5})\s*", item)
+        if found is None:
+            raise RequestError(
+                f"--mesh takes auto, or a list such as data=1,tensor=2,seq=2; found {text!r:.100}"
+            )
+        if found[1] in sizes:
+            raise RequestError(f"--mesh names {found[1]} twice: {text!r:.100}")
+        sizes[found[1]] = int(found[2])
+    return sizes
 
 
 def system_message(text: str | None) -> list[dict[str, str]]:

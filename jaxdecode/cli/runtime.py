@@ -6,14 +6,18 @@ This module imports jax; verbs import it when they run, so that their help does 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
+import numpy as np
 import platformdirs
+from jax.sharding import Mesh
 
 from jaxdecode.checkpoint import loading
 from jaxdecode.checkpoint.default_model import fetch_default_model
@@ -25,7 +29,7 @@ from jaxdecode.generation import PREFILL_STEP_SIZE, stream_generate
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
-from jaxdecode.models.sharding import Sharding
+from jaxdecode.models.sharding import Sharding, auto_sizes, describe
 from jaxdecode.pallas_kernels import AttentionChoice, explain_attention
 from jaxdecode.prompts import encode_prompts
 from jaxdecode.results import Result
@@ -38,7 +42,7 @@ class Loaded:
     """A model, ready to generate.
 
     Attributes:
-      device_name: as the first line on stderr and --json name it.
+      device_name: as --json and, before how many there are, the first line on stderr name it.
       attention: the implementation that runs.
       implementation: the one asked for, None if it was left to choose.
     """
@@ -51,14 +55,15 @@ class Loaded:
 
 
 def load_model(
-    report: Report, name: str, *, dtype: str | None, attn: str, device: str,
+    report: Report, name: str, *, dtype: str | None, attn: str, device: str, mesh: str | None,
     compilation_cache: bool, chat_template: Path | None,
 ) -> Loaded:  # fmt: skip
-    """Chooses the device, says which and why, and loads model and tokenizer onto it.
+    """Chooses the devices, says which and why, and loads model and tokenizer onto them.
 
     Raises:
       DecodeError: one of them cannot be had.
     """
+    sizes = None if mesh is None else options.parse_mesh(mesh)
     report.device = select_device(device)
     if compilation_cache:
         enable_compilation_cache()
@@ -66,16 +71,46 @@ def load_model(
     source = open_model(report, name)
     try:
         dtype = dtype or loading.default_dtype(source)
-        choice = choose_attention(source.config, dtype, implementation)
-        report.say(f"device: {report.device.device_kind}; attention: {choice}; weights: {dtype}")
+        sharding = make_sharding(source.config, sizes, jax.devices(report.device.platform))
+        choice = choose_attention(source.config, dtype, implementation, sharding)
+        kind = report.device.device_kind
+        count = "" if sizes is None else f"{sharding.num_devices} x "
+        report.say(f"device: {count}{kind}; attention: {choice}; weights: {dtype}")
+        if sizes is not None:
+            report.say(describe(source.config, sharding))
         tokenizer = _tokenizer(source, chat_template)
         with progress_bars(report, "bytes") as on_progress:
-            model = loading.load_model(source, dtype, Sharding(), on_progress=on_progress)
+            model = loading.load_model(source, dtype, sharding, on_progress=on_progress)
     finally:
         source.close()
-    return Loaded(
-        model, tokenizer, report.device.device_kind, choice.implementation, implementation
-    )
+    return Loaded(model, tokenizer, kind, choice.implementation, implementation)
+
+
+def make_sharding(
+    config: LlamaConfig, sizes: dict[str, int] | Literal["auto"] | None, devices: list[jax.Device]
+) -> Sharding:
+    """The sharding over the first of `devices`, of the sizes that --mesh names; None: one device.
+
+    Raises:
+      DeviceError: there are fewer devices.
+      RequestError: an axis does not divide the model, or no mesh over all devices does.
+    """
+    if sizes is None:
+        return Sharding()
+    if sizes == "auto":
+        try:
+            sizes = auto_sizes(config, len(devices))
+        except ValueError as error:
+            raise RequestError(f"--mesh auto: {error}") from error
+    count = math.prod(sizes.values())
+    if count > len(devices):
+        asked = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise DeviceError(
+            f"--mesh {asked} needs {count} devices, but there are {len(devices)} "
+            f"({devices[0].device_kind}); make it smaller, or let --mesh auto choose"
+        )
+    grid = np.array(devices[:count]).reshape(tuple(sizes.values()))
+    return loading.checked_sharding(config, Mesh(grid, tuple(sizes)))
 
 
 def open_model(report: Report, name: str) -> WeightSource:
@@ -107,16 +142,18 @@ def with_seed(report: Report, params: SamplingParams) -> SamplingParams:
 
 
 def choose_attention(
-    config: LlamaConfig, dtype: str, implementation: str | None
+    config: LlamaConfig, dtype: str, implementation: str | None, sharding: Sharding | None = None
 ) -> AttentionChoice:
-    """Which implementation a decode step of this model runs, and why.
+    """Which implementation a decode step of this model runs on each device, and why.
 
     Raises:
       DeviceError: the one asked for does not run here.
     """
-    heads = config.num_kv_heads
-    q = jax.ShapeDtypeStruct((1, 1, config.num_q_heads, config.head_dim), dtype)
-    kv = jax.ShapeDtypeStruct((1, 1024, heads, config.head_dim), dtype)
+    sharding = sharding or Sharding()
+    num_q_heads = config.num_q_heads // sharding.parts("N")
+    num_kv_heads = config.num_kv_heads // sharding.parts("K")
+    q = jax.ShapeDtypeStruct((1, 1, num_q_heads, config.head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((1, 1024, num_kv_heads, config.head_dim), dtype)
     try:
         return explain_attention(
             q, kv, kv, 1024, window=config.window, implementation=implementation
@@ -152,7 +189,12 @@ def make_cache(
         say_warning(
             f"--context {context} goes beyond the {trained} positions the model was trained for"
         )
-    return loaded.model.init_cache(1, context)
+    return empty_cache(loaded.model, context)
+
+
+def empty_cache(model: Llama, capacity: int) -> KVCache:
+    """For one conversation, and rows that stay idle where the mesh cuts the batch."""
+    return model.init_cache(model.sharding.data, capacity)
 
 
 def generate_text(
