@@ -141,12 +141,13 @@ def test_json_schema(ask, model):
     assert list(answer) == [
         "text", "tokens", "finish_reason", "prompt_tokens", "generated_tokens", "prompt_tps",
         "generation_tps", "compile_seconds", "peak_memory_bytes", "seed", "model", "dtype",
-        "device", "attention", "logprobs",
+        "device", "num_devices", "mesh", "attention", "logprobs",
     ]  # fmt: skip
     assert answer["generated_tokens"] == len(answer["tokens"]) == 8
     assert answer["finish_reason"] == "length"
     assert answer["seed"] == 5
     assert (answer["dtype"], answer["device"], answer["attention"]) == ("float32", "cpu", "xla")
+    assert (answer["num_devices"], answer["mesh"]) == (1, "")
     assert answer["peak_memory_bytes"] > 1e6
     assert len(answer["logprobs"]) == 8
     for token, logprobs in zip(answer["tokens"], answer["logprobs"], strict=True):
