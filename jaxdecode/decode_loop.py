@@ -107,12 +107,13 @@ def prefill(
 
 @partial(
     jax.jit,
-    static_argnames=("static", "num_steps", "num_logprobs", "implementation"),
+    static_argnames=("static", "num_steps", "num_logprobs", "implementation", "num_splits"),
     donate_argnames=("state",),
 )
 def decode(
     static: Any, leaves: list[Array], state: DecodeState, sampling: SamplingArrays, stop_ids: Array,
     *, num_steps: int, num_logprobs: int, implementation: str | None,
+    num_splits: int | None = None,
 ) -> tuple[DecodeState, DecodedTokens]:  # fmt: skip
     """Generates `num_steps` tokens per sequence in one loop on the device.
 
@@ -121,6 +122,7 @@ def decode(
 
     Args:
       stop_ids: [E] int32 ids that end a sequence, padded with -1.
+      implementation, num_splits: of attention, see `jaxdecode.decode_attention`.
     """
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, DecodedTokens]:
@@ -131,8 +133,8 @@ def decode(
         made = _describe(state.logits, token, active, num_logprobs)
         stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
         logits, cache = model(
-            token[:, None], state.cache,
-            num_tokens=active.astype(jnp.int32), logits="last", implementation=implementation,
+            token[:, None], state.cache, num_tokens=active.astype(jnp.int32), logits="last",
+            implementation=implementation, num_splits=num_splits,
         )  # fmt: skip
         # Each device samples from whole rows; what was made is whole in every process.
         logits = model.sharding.constrain(logits[:, 0], "BD")

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import jaxdecode
+from jaxdecode.cli.bench import bench
 from jaxdecode.cli.chat import chat
 from jaxdecode.cli.convert import convert
 from jaxdecode.cli.doctor import doctor
@@ -55,7 +56,7 @@ def jaxdecode_command(
     """
 
 
-for verb in (generate, chat, inspect, convert, doctor):
+for verb in (generate, chat, bench, inspect, convert, doctor):
     app.command()(verb)
 
 
