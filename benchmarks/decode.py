@@ -1,0 +1,210 @@
+"""Decoding speed on one GPU, beside the bound of its memory: one results file per chart.
+
+    python benchmarks/decode.py depth capacity mha batch ragged [--output FOLDER] [--budget-s 900]
+
+Weights are random: speed does not depend on their values. Each row is the mean of some dispatches
+of the step that `jaxdecode.generate` runs, with the read ceiling measured before in the same run.
+Rows come in the order of their importance and the file is written after each, so a run that is cut
+short, or that the budget ends, leaves a usable file; "left_out" says what is missing and why. A row
+with "measured": false is a cost model (fastertransformer.py). Exit status 1 if a case failed.
+--tiny runs every case with a tiny model and short caches on any machine: it tests the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import fastertransformer
+from decode_cases import CHARTS, Case, Chart
+from source_hash import ROOT, source_hash
+
+from jaxdecode import bench, bench_output
+from jaxdecode.errors import DeviceError
+from jaxdecode.models.config import PRESETS, LlamaConfig
+from jaxdecode.random_model import random_model
+from jaxdecode.read_bandwidth import METHODS, ReadCeiling, measure_read_ceiling
+
+_TINY_SCALE = 1024  # caches are so many times shorter with --tiny
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the charts' results files and returns the exit status."""
+    options = parse(arguments)
+    clock = Clock(options.budget_s)
+    options.output.mkdir(parents=True, exist_ok=True)
+    ceiling = measure_read_ceiling(
+        methods=options.read_methods, num_bytes=2**23 if options.tiny else None
+    )
+    clock.say(f"memory: read at {ceiling}")
+    failed = 0
+    for preset, charts in itertools.groupby(options.charts, lambda name: CHARTS[name].preset):
+        failed += run_model(preset, list(charts), ceiling, options, clock)
+    return 1 if failed else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("charts", nargs="+", choices=CHARTS)
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results/h200")
+    parser.add_argument("--budget-s", type=float, default=900.0, help="for everything together")
+    parser.add_argument("--tokens", type=int, default=64, help="per dispatch that is timed")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--read-methods", nargs="+", choices=METHODS, help="if not all should run")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to test this script")
+    return parser.parse_args(arguments)
+
+
+class Clock:
+    """The time of this run, which everything said on stderr begins with."""
+
+    def __init__(self, budget: float):
+        self._start, self._budget = time.monotonic(), budget
+
+    def now(self) -> float:
+        return time.monotonic() - self._start
+
+    def allows(self, seconds: float) -> bool:
+        """Whether so much of the budget is left."""
+        return self.now() + seconds <= self._budget
+
+    def say(self, line: str) -> None:
+        print(f"[{self.now():6.1f} s] {line}", file=sys.stderr, flush=True)
+
+
+def run_model(
+    preset: str, charts: list[str], ceiling: ReadCeiling, options: argparse.Namespace, clock: Clock
+) -> int:
+    """Measures one model's charts; returns how many cases failed. Its weights go with the call."""
+    config = tiny(PRESETS[preset]) if options.tiny else PRESETS[preset]
+    model = random_model(config)
+    clock.say(f"{preset}: random weights, {bench.weight_bytes(model) / 1e9:.2f} GB read per step")
+    timer = bench.Bench(
+        model, preset, ceiling.bytes_per_second, options.tokens, options.repetitions
+    )
+    return sum(run_chart(name, timer, ceiling, options, clock) for name in charts)
+
+
+def run_chart(
+    name: str, timer: bench.Bench, ceiling: ReadCeiling, options: argparse.Namespace, clock: Clock
+) -> int:
+    """Measures the chart's cases, writing the file after each; returns how many failed."""
+    chart, path = CHARTS[name], options.output / f"decode_{name}.json"
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    longest: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    failed = 0
+    for case in map(shortened, chart.cases) if options.tiny else chart.cases:
+        implementation, started = case.implementation, clock.now()
+        reason = missing.get(implementation)
+        if reason is None and not clock.allows(longest.get(implementation, 0.0)):
+            reason = "the time was over"
+            clock.say(f"{name}: {case}: left out, {reason}")
+        if reason is None:
+            try:
+                rows += measured(chart, timer, case, rows)
+                clock.say(f"{name}: {case}: {spoken(rows)}")
+            except (DeviceError, UnknownImplementation) as error:
+                reason = missing[implementation] = str(error)
+                clock.say(f"{name}: no {implementation}: {error}")
+            except (RuntimeError, ValueError, TypeError) as error:
+                failed += 1
+                reason = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+                clock.say(f"{name}: {case}: {reason}")
+            longest[implementation] = max(longest.get(implementation, 0.0), clock.now() - started)
+        if reason is not None:
+            left_out.append({"case": str(case), "reason": reason})
+        write(path, name, ceiling, rows, left_out)
+    clock.say(f"{name}: {path}, {len(rows)} rows, {len(left_out)} cases left out")
+    return failed
+
+
+class UnknownImplementation(ValueError):
+    """An implementation that this version of jaxdecode does not have."""
+
+
+def measured(
+    chart: Chart, timer: bench.Bench, case: Case, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The row of a case, after that of the cost model if the chart wants one and has none yet."""
+    if case.implementation not in bench.NAMES:
+        raise UnknownImplementation("this version has no such implementation")
+    found = timer.decode(case.lengths, case.implementation, capacity=case.capacity)
+    row = {**dataclasses.asdict(found), "measured": True}
+    known = any(x["depth"] == row["depth"] and not x["measured"] for x in rows)
+    modelled = cost_model(timer, row) if chart.cost_model and not known else []
+    return [*modelled, row]
+
+
+def cost_model(timer: bench.Bench, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """FasterTransformer's row of the same case, if its kernel could run it."""
+    config, itemsize = timer.model.config, timer.model.dtype.itemsize
+    seen = row["depth"] + (row["tokens"] + 1) // 2
+    seconds = fastertransformer.step_seconds(
+        config, bench.weight_bytes(timer.model), seen, row["batch"], itemsize, timer.read_ceiling
+    )
+    if seconds is None:
+        return []
+    rate = row["batch"] / seconds
+    unknown = dict.fromkeys(("tok_s_std", "seconds", "compile_s", "repetitions"))
+    return [
+        row | unknown | {
+            "implementation": fastertransformer.NAME, "measured": False, "tok_s": rate,
+            "gb_s": row["bytes_per_step"] / seconds / 1e9,
+            "fraction_of_bound": rate / row["bound_tok_s"],
+        }
+    ]  # fmt: skip
+
+
+def spoken(rows: list[dict[str, Any]]) -> str:
+    """The last row in a line."""
+    row = rows[-1]
+    return (
+        f"{bench_output.speed(row)} tok/s, {row['fraction_of_bound']:.1%} of the bound, "
+        f"compiled in {row['compile_s']:.1f} s"
+    )
+
+
+def write(
+    path: pathlib.Path, name: str, ceiling: ReadCeiling, rows: list[dict[str, Any]],
+    left_out: list[dict[str, str]],
+) -> None:  # fmt: skip
+    """Writes the results file, whole or not at all."""
+    content = {
+        "chart": name,
+        "source": source_hash(),
+        **bench_output.results(ceiling, rows),
+        "left_out": left_out,
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+def tiny(config: LlamaConfig) -> LlamaConfig:
+    """A configuration of the same kind that any machine runs."""
+    group = config.num_q_heads // config.num_kv_heads
+    return dataclasses.replace(
+        config, vocab_size=128, embed_dim=64, ffw_dim=128, num_layers=2, num_q_heads=8,
+        num_kv_heads=8 // group, head_dim=128, bos_id=None, eos_ids=(),
+    )  # fmt: skip
+
+
+def shortened(case: Case) -> Case:
+    """The case with --tiny; a given capacity keeps room for the tokens."""
+    lengths = tuple(max(1, length // _TINY_SCALE) for length in case.lengths)
+    capacity = None if case.capacity is None else 4 * case.capacity // _TINY_SCALE
+    return Case(lengths, case.implementation, capacity)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
