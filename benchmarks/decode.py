@@ -29,7 +29,7 @@ from source_hash import ROOT, source_hash
 from jaxdecode import bench, bench_output
 from jaxdecode.errors import DeviceError
 from jaxdecode.models.config import PRESETS, LlamaConfig
-from jaxdecode.random_model import random_model
+from jaxdecode.models.random_model import random_model
 from jaxdecode.read_bandwidth import METHODS, ReadCeiling, measure_read_ceiling
 
 _TINY_SCALE = 1024  # caches are so many times shorter with --tiny

@@ -16,23 +16,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxdecode.decode_loop import SplitModel, decode, start_state
 from jaxdecode.errors import DeviceError, RequestError
 from jaxdecode.generation import MAX_TOKENS_PER_DISPATCH, PREFILL_STEP_SIZE, generate
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, round_up_capacity
-from jaxdecode.models.llama import Llama
-from jaxdecode.pallas_kernels import IMPLEMENTATIONS, AttentionChoice, explain_attention
+from jaxdecode.models.llama import Llama, param_letters, param_shapes
 from jaxdecode.models.random_model import random_array
+from jaxdecode.models.sharding import AXES, Sharding
+from jaxdecode.pallas_kernels import IMPLEMENTATIONS, AttentionChoice, explain_attention
 from jaxdecode.sampling import SamplingArrays, SamplingParams
 
 Array = jax.Array
@@ -42,6 +44,7 @@ NO_SPLIT = "flash_decode_nosplit"
 NAMES = ("auto", *IMPLEMENTATIONS, NO_SPLIT)
 MAX_TOKENS, MAX_REPETITIONS = MAX_TOKENS_PER_DISPATCH, 10_000
 MAX_DEPTH, MAX_BATCH = 2**30, 2**16
+_ONE_DEVICE = Sharding()
 _WITHOUT_END = np.iinfo(np.int32).max
 # Streams of random values that no weight uses.
 _FIRST_CACHE_STREAM = 2**20
@@ -130,10 +133,14 @@ class Bench:
           RequestError: the tokens do not fit into the capacity.
           DeviceError: the implementation does not run here.
         """
-        slots = slots_for(lengths, self.tokens, capacity)
-        config, dtype = self.model.config, self.model.dtype
-        choice = choose_attention(config, dtype, implementation, len(lengths), slots)
+        config, dtype, sharding = self.model.config, self.model.dtype, self.model.sharding
+        slots = slots_for(lengths, self.tokens, capacity, sharding)
+        choice = choose_attention(
+            config, dtype, implementation, len(lengths), slots, sharding=sharding
+        )
         num_bytes = cache_bytes(config, lengths, self.tokens, dtype.itemsize)
+        # Each device reads its own part of the cache, and of the weights.
+        num_bytes /= sharding.parts("B") * sharding.parts("S") * sharding.parts("K")
         num_bytes += weight_bytes(self.model)
         return self._row(
             _test_name(self.tokens, lengths), choice,
@@ -156,7 +163,9 @@ class Bench:
         cache = self.model.init_cache(batch, prompt_tokens + 1)
         capacity, width = cache.capacity, min(prompt_tokens, PREFILL_STEP_SIZE)
         config = self.model.config
-        choice = choose_attention(config, self.model.dtype, implementation, batch, capacity, width)
+        choice = choose_attention(
+            config, self.model.dtype, implementation, batch, capacity, width, self.model.sharding
+        )
         prompts = [[i % config.vocab_size for i in range(prompt_tokens)]] * batch
         seconds: list[float] = []
         for _ in range(self.repetitions + 1):
@@ -177,9 +186,10 @@ class Bench:
         split = SplitModel(self.model)
         implementation, num_splits = _arguments(name)
         sampling = SamplingArrays.create(SamplingParams(), 0, [0] * len(lengths))
-        stop_ids = jnp.full(16, -1, jnp.int32)
+        stop_ids, kept = np.full(16, -1, np.int32), np.array(lengths, np.int32)
         cache = filled_cache(self.model, lengths, capacity)
-        state = jax.block_until_ready(start_state(self.model, cache, _WITHOUT_END))
+        remaining = np.full(len(lengths), _WITHOUT_END, np.int32)
+        state = jax.block_until_ready(start_state(self.model, cache, remaining))
         seconds = []
         for _ in range(self.repetitions + 1):
             start = time.perf_counter()
@@ -189,7 +199,7 @@ class Bench:
             )  # fmt: skip
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
-            cache = state.cache.truncate(jnp.asarray(lengths, jnp.int32))
+            cache = state.cache.truncate(self.model.sharding.place(kept, "B"))
             state = jax.block_until_ready(dataclasses.replace(state, cache=cache))
         return seconds
 
@@ -201,8 +211,8 @@ class Bench:
         first, *seconds = seconds
         rate, deviation = mean_and_deviation(batch * tokens, seconds)
         row = Row(
-            model=self.name, mesh="", dtype=self.model.dtype.name, test=test, batch=batch,
-            depth=depth, capacity=capacity, implementation=choice.implementation, tokens=tokens,
+            model=self.name, mesh=_mesh_name(self.model.sharding),
+            dtype=self.model.dtype.name, test=test, batch=batch, depth=depth, capacity=capacity, implementation=choice.implementation, tokens=tokens,
             repetitions=len(seconds), tok_s=rate, tok_s_std=deviation,
             seconds=statistics.fmean(seconds), compile_s=max(0.0, first - min(seconds)),
         )  # fmt: skip
@@ -218,9 +228,11 @@ class Bench:
 
 def choose_attention(
     config: LlamaConfig, dtype: Any, name: str, batch: int = 1, capacity: int = 1024,
-    query_tokens: int = 1,
+    query_tokens: int = 1, sharding: Sharding = _ONE_DEVICE,
 ) -> AttentionChoice:  # fmt: skip
-    """Which implementation runs under this name, and why; its `implementation` names the row.
+    """Which implementation each device runs under this name, and why.
+
+    The choice's `implementation` names the row.
 
     Raises:
       RequestError: there is no such name.
@@ -228,12 +240,13 @@ def choose_attention(
     """
     if name not in NAMES:
         raise RequestError(f"attention must be one of {', '.join(NAMES)}, found {name!r}")
-    q = jax.ShapeDtypeStruct((batch, query_tokens, config.num_q_heads, config.head_dim), dtype)
-    kv = jax.ShapeDtypeStruct((batch, capacity, config.num_kv_heads, config.head_dim), dtype)
+    q = sharding.local_shape("BTN_", (batch, query_tokens, config.num_q_heads, config.head_dim))
+    kv = sharding.local_shape("BSK_", (batch, capacity, config.num_kv_heads, config.head_dim))
+    cache = jax.ShapeDtypeStruct(kv, dtype)
     implementation, num_splits = _arguments(name)
     try:
         choice = explain_attention(
-            q, kv, kv, capacity, window=config.window,
+            jax.ShapeDtypeStruct(q, dtype), cache, cache, kv[1], window=config.window,
             implementation=implementation, num_splits=num_splits,
         )  # fmt: skip
     except NotImplementedError as error:
@@ -241,7 +254,10 @@ def choose_attention(
     return AttentionChoice(NO_SPLIT, choice.reason) if name == NO_SPLIT else choice
 
 
-def slots_for(lengths: Sequence[int], tokens: int, capacity: int | None = None) -> int:
+def slots_for(
+    lengths: Sequence[int], tokens: int, capacity: int | None = None,
+    sharding: Sharding = _ONE_DEVICE,
+) -> int:  # fmt: skip
     """Slots of a cache for `tokens` more behind these lengths, or of the given capacity.
 
     Raises:
@@ -256,14 +272,15 @@ def slots_for(lengths: Sequence[int], tokens: int, capacity: int | None = None) 
             f"a depth of {max(lengths)} and {tokens} tokens need a capacity of {needed}, "
             f"found {capacity}"
         )
-    return round_up_capacity(needed if capacity is None else capacity)
+    return round_up_capacity(needed if capacity is None else capacity, sharding.parts("S"))
 
 
 def weight_bytes(model: Llama) -> int:
-    """Bytes of the weights that a decode step reads."""
+    """Bytes of the weights that one device reads in a decode step."""
+    letters, itemsize = param_letters(model.config), model.dtype.itemsize
     return sum(
-        array.nbytes
-        for name, array in model.params().items()
+        math.prod(model.sharding.local_shape(letters[name], shape)) * itemsize
+        for name, shape in param_shapes(model.config).items()
         if name != "embed" or model.config.tie_embeddings
     )
 
@@ -282,21 +299,27 @@ def cache_bytes(config: LlamaConfig, lengths: Sequence[int], tokens: int, itemsi
 def filled_cache(model: Llama, lengths: Sequence[int], capacity: int) -> KVCache:
     """A cache that holds so many tokens of each sequence, of random contents."""
     cache = model.init_cache(len(lengths), capacity)
+    place = model.sharding.named("BSKH") if model.sharding.mesh else None
     # One after the other in place, so that no second cache has to fit.
     contents = [
-        _randomised(array, np.uint32(_FIRST_CACHE_STREAM + i))
+        _randomised(array, np.uint32(_FIRST_CACHE_STREAM + i), place)
         for i, array in enumerate((*cache.keys, *cache.values))
     ]
     layers = len(cache.keys)
     cache = dataclasses.replace(
         cache, keys=tuple(contents[:layers]), values=tuple(contents[layers:])
     )
-    return cache.advance(jnp.asarray(lengths, jnp.int32))
+    return cache.advance(model.sharding.place(np.array(lengths, np.int32), "B"))
 
 
-@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
-def _randomised(array: Array, stream: Array) -> Array:
-    return random_array(stream, array.shape, array.dtype)
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True, static_argnames="place")
+def _randomised(array: Array, stream: Array, place: NamedSharding | None) -> Array:
+    return random_array(stream, array.shape, array.dtype, place=place)
+
+
+def _mesh_name(sharding: Sharding) -> str:
+    sizes = {axis: getattr(sharding, axis) for axis in AXES}
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
 def mean_and_deviation(count: int, seconds: Sequence[float]) -> tuple[float | None, float | None]:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdecode.errors import RequestError
-from jaxdecode.pallas_kernels import flash_decode
 from jaxdecode.models.random_model import random_array
+from jaxdecode.pallas_kernels import flash_decode
 
 Array = jax.Array
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from naive_llama import CONFIG, random_model
@@ -14,8 +15,8 @@ from jaxdecode import bench, decode_loop
 from jaxdecode.bench import NAMES, NO_SPLIT, Bench
 from jaxdecode.errors import DeviceError, RequestError
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.pallas_kernels import AttentionChoice
 from jaxdecode.models.random_model import random_model as random_weights
+from jaxdecode.pallas_kernels import AttentionChoice
 
 CEILING = 1e9
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
@@ -154,7 +155,21 @@ def test_the_cache_holds_random_numbers_and_the_lengths():
 def test_the_cache_is_filled_in_place():
     empty = random_model().init_cache(1, 128).keys[0]
     place = empty.unsafe_buffer_pointer()
-    assert bench._randomised(empty, np.uint32(1)).unsafe_buffer_pointer() == place
+    assert bench._randomised(empty, np.uint32(1), None).unsafe_buffer_pointer() == place
+
+
+def test_over_a_mesh_rows_count_what_one_device_reads():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "seq"))
+    sharded = random_weights(CONFIG, mesh=mesh)
+    row = timer(model=sharded, tokens=2, repetitions=1).decode([100, 30])
+    alone = timer(model=random_weights(CONFIG), tokens=2, repetitions=1).decode([100, 30])
+    assert (row.mesh, alone.mesh) == ("data=2,tensor=2,seq=2", "")
+    cache = bench.cache_bytes(CONFIG, [100, 30], 2, 4)
+    assert row.bytes_per_step == round(bench.weight_bytes(sharded) + cache / 8)
+    norms = 4 * CONFIG.embed_dim * (2 * CONFIG.num_layers + 1)  # whole on each device
+    cut = (alone.bytes_per_step - cache - norms) / 4
+    assert bench.weight_bytes(sharded) == norms + cut
+    assert row.tok_s > 0
 
 
 # Attention

@@ -10,7 +10,7 @@ import pytest
 
 from jaxdecode import read_bandwidth
 from jaxdecode.errors import DecodeError, RequestError
-from jaxdecode.random_model import random_array
+from jaxdecode.models.random_model import random_array
 from jaxdecode.read_bandwidth import measure_read_ceiling
 
 SMALL = 2**22
