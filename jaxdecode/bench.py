@@ -212,7 +212,8 @@ class Bench:
         rate, deviation = mean_and_deviation(batch * tokens, seconds)
         row = Row(
             model=self.name, mesh=_mesh_name(self.model.sharding),
-            dtype=self.model.dtype.name, test=test, batch=batch, depth=depth, capacity=capacity, implementation=choice.implementation, tokens=tokens,
+            dtype=self.model.dtype.name, test=test, batch=batch, depth=depth, capacity=capacity,
+            implementation=choice.implementation, tokens=tokens,
             repetitions=len(seconds), tok_s=rate, tok_s_std=deviation,
             seconds=statistics.fmean(seconds), compile_s=max(0.0, first - min(seconds)),
         )  # fmt: skip
