@@ -14,11 +14,13 @@ _HOME = {
     "combine_partials": "jaxdecode.pallas_kernels",
     "decode_attention": "jaxdecode.pallas_kernels",
     "explain_attention": "jaxdecode.pallas_kernels",
+    "sharded_decode_attention": "jaxdecode.pallas_kernels",
     "KVCache": "jaxdecode.models.kv_cache",
     "Llama": "jaxdecode.models.llama",
     "LlamaConfig": "jaxdecode.models.config",
     "PRESETS": "jaxdecode.models.config",
     "RopeScaling": "jaxdecode.models.config",
+    "random_model": "jaxdecode.models.random_model",
     "load": "jaxdecode.checkpoint",
     "save": "jaxdecode.checkpoint",
     "Chunk": "jaxdecode.results",
@@ -38,11 +40,13 @@ if TYPE_CHECKING:
     from jaxdecode.models.config import PRESETS, LlamaConfig, RopeScaling
     from jaxdecode.models.kv_cache import KVCache
     from jaxdecode.models.llama import Llama
+    from jaxdecode.models.random_model import random_model
     from jaxdecode.pallas_kernels import (
         AttentionChoice,
         combine_partials,
         decode_attention,
         explain_attention,
+        sharded_decode_attention,
     )
     from jaxdecode.results import Chunk, Result
     from jaxdecode.sampling import SamplingParams

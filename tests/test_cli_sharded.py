@@ -130,7 +130,7 @@ def test_meshes_that_cannot_be_had(ask, mesh, message):
 
 def test_auto_where_no_mesh_fits():
     with pytest.raises(
-        RequestError, match=r"--mesh auto: no mesh over 7 devices .*; 6 devices fit"
+        RequestError, match=r"--mesh auto: no mesh over 7 devices .* that fits is 6"
     ):
         runtime.make_sharding(
             LlamaConfig(**{**vars(KV_HEADS), "num_kv_heads": 3, "num_q_heads": 9}),

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
-import jax
 import numpy as np
 import pytest
 from generation_runs import SAMPLED, TOKENIZER, cached, tokens_until
-from jax.sharding import Mesh
-from naive_llama import CONFIG, random_params
+from meshes import make_mesh, sharded_model, size_name
+from naive_llama import CONFIG, random_model
 from test_decode_loop import compilations
 
 from jaxdecode.errors import RequestError
 from jaxdecode.generation import generate, stream_generate
-from jaxdecode.models.llama import Llama, param_letters
-from jaxdecode.models.sharding import Sharding, fit_mesh
+from jaxdecode.models.llama import Llama
 from jaxdecode.sampling import SamplingParams
 
 MODEL = dataclasses.replace(
@@ -31,20 +28,11 @@ PROMPTS = [[5], [7, 1, 33, 20, 8, 2, 41], LONG]
 # One compilation serves them all: the number of log-probabilities is static, the rest is not.
 GREEDY = {"max_tokens": 12, "logprobs": 2, "ignore_eos": True}
 WAYS = pytest.mark.parametrize("params", [GREEDY, GREEDY | SAMPLED], ids=["greedy", "sampled"])
-MIXED = (2, 2, 2)
+MIXED, ROWS = (2, 2, 2), (4, 1, 2)
 
 
-def over(sizes: tuple[int, int, int]) -> Mesh:
-    devices = np.array(jax.devices()[: math.prod(sizes)])
-    return Mesh(devices.reshape(sizes), ("data", "tensor", "seq"))
-
-
-@functools.cache
 def model_on(sizes: tuple[int, int, int] | None) -> Llama:
-    sharding = Sharding() if sizes is None else fit_mesh(MODEL, over(sizes))
-    letters = param_letters(MODEL)
-    params = {name: sharding.place(x, letters[name]) for name, x in random_params(MODEL).items()}
-    return Llama.from_params(MODEL, params, sharding)
+    return random_model(MODEL) if sizes is None else sharded_model(MODEL, make_mesh(sizes))
 
 
 def run(sizes, prompts=PROMPTS, tokenizer=None, *, cache=None, **params):
@@ -69,7 +57,7 @@ def same(found, expected) -> None:
 
 
 @WAYS
-@pytest.mark.parametrize("sizes", [MIXED, (4, 2, 1), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [MIXED, ROWS, (1, 1, 8)], ids=size_name)
 def test_the_tokens_are_those_of_one_device(sizes, params):
     same(run(sizes, PROMPTS, TOKENIZER, **params), on_one_device(tuple(params.items())))
 
@@ -119,13 +107,13 @@ def test_continuing_a_cache_equals_one_long_run(params):
 def test_streaming(params):
     chunks = list(
         stream_generate(
-            model_on(MIXED), TOKENIZER, LONG, SamplingParams(**params), prefill_step_size=64
+            model_on(ROWS), TOKENIZER, LONG, SamplingParams(**params), prefill_step_size=128
         )
     )
     expected = on_one_device(tuple(params.items()))[2]
     assert "".join(chunk.text for chunk in chunks) == expected.text
     same([chunks[-1].result], [expected])
-    assert cached(chunks[-1].result) == [262, 0]
+    assert cached(chunks[-1].result) == [262, 0, 0, 0]
 
 
 def test_a_stop_string_ends_its_own_row_only():
@@ -149,7 +137,11 @@ def test_stop_tokens_end_rows_and_generation_goes_on_for_the_others():
     assert {result.finish_reason for result in results} == {"stop", "length"}
 
 
-@pytest.mark.parametrize("other", [(1, 2, 2), (1, 1, 8), (2, 2, 1), None], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [(1, 2, 2), (1, 1, 8), (2, 2, 1), None],
+    ids=lambda sizes: size_name(sizes or (1, 1, 1)),
+)
 def test_a_cache_of_another_mesh_is_refused(other):
     cache = model_on(other).init_cache(4, 128)
     with pytest.raises(RequestError, match=r"the cache lies on .*, but the model on the mesh data"):
@@ -160,9 +152,8 @@ def test_a_cache_of_another_mesh_is_refused(other):
 
 
 def test_the_devices_of_a_mesh_in_another_order_are_another_mesh():
-    turned = Mesh(over(MIXED).devices[::-1], ("data", "tensor", "seq"))
     cache = model_on(MIXED).init_cache(4, 128)
-    model = Llama.from_params(MODEL, model_on(MIXED).params(), fit_mesh(MODEL, turned))
+    model = sharded_model(MODEL, make_mesh(MIXED, backwards=True))
     with pytest.raises(RequestError, match="the cache lies on"):
         generate(model, None, PROMPTS, SamplingParams(), cache=cache)
 

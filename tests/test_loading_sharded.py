@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from jax.sharding import Mesh
+from meshes import make_mesh, size_name
 from tiny_hf import BFLOAT16, TINY, assert_same_params, hf_tensors, our_params, write_model
 
 import jaxdecode as jd
@@ -25,12 +26,7 @@ from jaxdecode.models.sharding import Sharding, fit_mesh
 
 CONFIG = dataclasses.replace(TINY, num_q_heads=8, num_kv_heads=4, head_dim=8, ffw_dim=48)
 ONE, HEADS, MIXED, LENGTH = (1, 1, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8)
-MESHES = pytest.mark.parametrize("sizes", [ONE, HEADS, MIXED, LENGTH], ids=str)
-
-
-def over(sizes) -> Mesh:
-    devices = np.array(jax.devices()[: math.prod(sizes)])
-    return Mesh(devices.reshape(sizes), ("data", "tensor", "seq"))
+MESHES = pytest.mark.parametrize("sizes", [ONE, HEADS, MIXED, LENGTH], ids=size_name)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +74,9 @@ def bytes_read(monkeypatch):
 @pytest.mark.parametrize("block_bytes", [64, 1 << 20])
 def test_a_hugging_face_directory(directory, monkeypatch, bytes_read, sizes, block_bytes):
     monkeypatch.setattr(hf_layout, "_BLOCK_BYTES", block_bytes)
-    model, _ = jd.load(directory, mesh=over(sizes))
+    model, _ = jd.load(directory, mesh=make_mesh(sizes))
     assert_same_params(model.params(), expected())
-    assert_placed(model, over(sizes))
+    assert_placed(model, make_mesh(sizes))
     # Once in all, whatever the number of devices.
     assert bytes_read == [sum(x.nbytes for x in expected().values())]
 
@@ -95,14 +91,14 @@ def test_a_gguf_file(tmp_path, bytes_read, sizes, kind):
     with open_source(path) as source:
         num_bytes = sum(info.num_bytes for info in source.tensors.values())
     bytes_read[0] = 0
-    model = jd.load(path, mesh=over(sizes))[0]
+    model = jd.load(path, mesh=make_mesh(sizes))[0]
     assert 0 <= bytes_read[0] - num_bytes < 10  # and a word of the metadata
     assert_same_params(model.params(), {k: np.asarray(x) for k, x in single.params().items()})
-    assert_placed(model, over(sizes))
+    assert_placed(model, make_mesh(sizes))
 
 
 def test_another_dtype_on_the_way(directory):
-    model, _ = jd.load(directory, mesh=over(MIXED), dtype="float32")
+    model, _ = jd.load(directory, mesh=make_mesh(MIXED), dtype="float32")
     assert_same_params(
         model.params(), {name: x.astype(np.float32) for name, x in expected().items()}
     )
@@ -112,7 +108,7 @@ def test_another_dtype_on_the_way(directory):
 def test_each_device_reads_its_own_bytes(directory, bytes_read, sizes):
     """As if each device were alone in its process, and as if four were."""
     source = open_source(directory)
-    sharding, letters = fit_mesh(CONFIG, over(sizes)), param_letters(CONFIG)
+    sharding, letters = fit_mesh(CONFIG, make_mesh(sizes)), param_letters(CONFIG)
     for name, shape in param_shapes(CONFIG).items():
         places = sharding.named(letters[name]).devices_indices_map(shape)
         spans = [
@@ -156,10 +152,10 @@ def test_axes_in_any_order_and_explicit_ones(directory):
 @pytest.mark.parametrize(
     ("source", "target"),
     [(None, HEADS), (HEADS, None), (MIXED, LENGTH), (LENGTH, MIXED)],
-    ids=str,
+    ids=lambda sizes: size_name(sizes or ONE),
 )
 def test_saved_from_one_mesh_and_loaded_onto_another(directory, tmp_path, source, target):
-    meshes = [None if sizes is None else over(sizes) for sizes in (source, target)]
+    meshes = [None if sizes is None else make_mesh(sizes) for sizes in (source, target)]
     jd.save(jd.load(directory, mesh=meshes[0])[0], tmp_path / "saved")
     model, _ = jd.load(tmp_path / "saved", mesh=meshes[1])
     assert_same_params(model.params(), expected())
@@ -172,7 +168,7 @@ def test_saved_from_one_mesh_and_loaded_onto_another(directory, tmp_path, source
 
 def test_copies_along_data_are_saved_once(tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=800, embed_dim=256)
-    model = random_model(config, mesh=over((8, 1, 1)))
+    model = random_model(config, mesh=make_mesh((8, 1, 1)))
     jd.save(model, tmp_path / "saved")
     files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -181,7 +177,7 @@ def test_copies_along_data_are_saved_once(tmp_path):
 
 def test_exported_from_a_mesh(directory, tmp_path):
     for sizes in (MIXED, None):
-        model, _ = jd.load(directory, mesh=None if sizes is None else over(sizes))
+        model, _ = jd.load(directory, mesh=None if sizes is None else make_mesh(sizes))
         export_safetensors(model, tmp_path / str(sizes))
     found, wanted = (
         (tmp_path / str(sizes) / "model.safetensors").read_bytes() for sizes in (MIXED, None)
@@ -192,14 +188,14 @@ def test_exported_from_a_mesh(directory, tmp_path):
 def test_a_vocabulary_that_does_not_divide_is_said_once(tmp_path, capsys):
     odd = dataclasses.replace(CONFIG, vocab_size=42)
     path = write_model(tmp_path / "odd", odd)
-    model, _ = jd.load(path, mesh=over(HEADS))
-    assert_placed(model, over(HEADS))
+    model, _ = jd.load(path, mesh=make_mesh(HEADS))
+    assert_placed(model, make_mesh(HEADS))
     assert model.params()["embed"].sharding.is_fully_replicated
     line = (
         "embedding and output are whole on each device, as 8 does not divide the vocabulary of 42"
     )
     assert capsys.readouterr().err.count(line) == 1
-    jd.load(path, mesh=over((1, 2, 1)))
+    jd.load(path, mesh=make_mesh((1, 2, 1)))
     assert capsys.readouterr().err == ""
 
 
@@ -207,10 +203,10 @@ def test_a_vocabulary_that_does_not_divide_is_said_once(tmp_path, capsys):
     ("mesh", "message"),
     [
         (
-            lambda: over((1, 8, 1)),
+            lambda: make_mesh((1, 8, 1)),
             "tensor=8 does not divide num_kv_heads=4 .*; tensor=4,seq=2 fits",
         ),
-        (lambda: over((1, 1, 6)), r"seq=6 does not divide head_dim=8 \(divisors: 1, 2, 4, 8\)"),
+        (lambda: make_mesh((1, 1, 6)), r"seq=6 does not divide head_dim=8 .*; tensor=4,seq=1 fits"),
         (lambda: Mesh(np.array(jax.devices()), ("model",)), "data, tensor, seq; found model"),
         (lambda: "auto", "mesh must be a jax.sharding.Mesh or None, found 'auto'"),
         (lambda: {"tensor": 2}, "mesh must be a jax.sharding.Mesh or None, found {'tensor': 2}"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+from cli_runs import make_model
 from smollm2 import smollm2_gguf
 
 
@@ -21,17 +23,20 @@ def examples(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def run_example(code: str, tmp_path):
+def run_example(code: str, tmp_path, **environment: str):
     """In a process of its own, as a user would."""
     script = tmp_path / "example.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def test_there_are_four_examples(readme):
-    assert len(examples(readme)) == 4
+def test_there_are_five_examples(readme):
+    assert len(examples(readme)) == 5
 
 
 @pytest.mark.slow
@@ -48,6 +53,16 @@ def test_the_ten_line_example(readme, tmp_path):
 @pytest.mark.parametrize("index", [1, 2, 3])
 def test_examples_for_own_models(readme, tmp_path, index):
     run_example(examples(readme)[index], tmp_path)
+
+
+def test_the_example_over_several_devices(readme, tmp_path):
+    make_model(tmp_path / "path/to/llama")
+    code = examples(readme)[4]
+    printed = run_example(code, tmp_path, JAX_NUM_CPU_DEVICES="4")
+    assert printed == run_example(
+        code.replace(", mesh=mesh", ""), tmp_path, JAX_NUM_CPU_DEVICES="4"
+    )
+    assert printed.strip().isalpha()
 
 
 def test_a_broken_example_is_noticed(tmp_path):
