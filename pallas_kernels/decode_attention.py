@@ -81,6 +81,9 @@ def decode_attention(
     Logits are scale * q.k, then softcap * tanh(logits / softcap). Works under jit, vmap and grad;
     over several devices inside `jax.shard_map`.
 
+    One exception, of flash_decode with several query tokens: where a query sees a slot whose value
+    is NaN or infinite, other queries of its sequence that do not see the slot may become NaN too.
+
     Args:
       q: [B, T, N, H] in float32, bfloat16 or float16. Query head n reads KV head n // (N // K).
       k, v: [B, S, K, H] in q's dtype.
@@ -165,6 +168,9 @@ def choose(
         return AttentionChoice("xla", f"the portable implementation; {obstacle}")
     if q.shape[1] > _MOST_DECODE_TOKENS:
         reason = f"{q.shape[1]} query tokens are prefill, more than {_MOST_DECODE_TOKENS}"
+        return AttentionChoice("xla", f"the portable implementation; {reason}")
+    if q.shape[3] not in flash_decode.MEASURED_HEAD_DIMS:
+        reason = f"the kernels are not measured yet at head_dim {q.shape[3]}, ask for them by name"
         return AttentionChoice("xla", f"the portable implementation; {reason}")
     return AttentionChoice("flash_decode", "split-KV kernels for this GPU")
 

@@ -6,26 +6,21 @@ B batch, T query tokens, S capacity, N query heads, K KV heads, G = N // K, H he
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
 from jaxdecode.pallas_kernels.varying import vary_alike
 from jaxdecode.pallas_kernels.xla import attend_gradient
 
-if TYPE_CHECKING:
-    from jaxdecode.pallas_kernels.flash_decode_kernel import SplitConfig
-
 Array = jax.Array
-Shape = tuple[int, ...]
 
 DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = (128,)
-# Streaming multiprocessors of an H100 or H200.
-_NUM_SMS = 132
-# Shared memory for the ring of K and V tiles; the rest of 227 KB holds q, weights and the result.
-_RING_BYTES = 128 * 1024
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+# Those whose results and speed were measured on a GPU: the door chooses the kernels for them.
+MEASURED_HEAD_DIMS = (128,)
 
 
 def why_not(q: Any, k: Any) -> str | None:
@@ -34,7 +29,7 @@ def why_not(q: Any, k: Any) -> str | None:
     if q.dtype not in DTYPES:
         return f"the kernels take {' and '.join(DTYPES)}, not {q.dtype}"
     if H not in HEAD_DIMS:
-        return f"the kernels take head_dim {' or '.join(map(str, HEAD_DIMS))}, not {H}"
+        return f"the kernels take head_dim {', '.join(map(str, HEAD_DIMS))}, not {H}"
     if S % 8 or S < 64:
         return f"the kernels need a capacity that is a multiple of 8 and at least 64, not {S}"
     return None
@@ -105,58 +100,11 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
 def _forward(q, k, v, lo, hi, sinks, scale, softcap, num_splits, out_dtype):
-    from jaxdecode.pallas_kernels import flash_decode_kernel as kernels
+    from jaxdecode.pallas_kernels.combine_kernel import combine_splits
+    from jaxdecode.pallas_kernels.flash_decode_kernel import split_attention
 
     config = split_config(q.shape, k.shape, num_splits, scale, softcap)
-    partials = kernels.split_attention(q, k, v, lo, hi, config)
-    results = kernels.combine_splits(*partials, sinks, q.shape[:3], out_dtype, config)
+    partials = split_attention(q, k, v, lo, hi, config)
+    results = combine_splits(*partials, sinks, q.shape, out_dtype, config)
     # Inside shard_map a kernel's results would count as equal on all devices.
     return vary_alike(*results, q)[:2]
-
-
-def split_config(
-    q_shape: Shape, k_shape: Shape, num_splits: int, scale: float, softcap: float | None
-) -> SplitConfig:
-    """The sizes of the kernels for these shapes: the tuning table."""
-    from jaxdecode.pallas_kernels.flash_decode_kernel import SplitConfig
-
-    block_t, block_g, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)
-    # Few rows leave registers for wide tiles.
-    block_kv = 128 if k_shape[1] >= 128 and block_t * block_g <= 16 else 64
-    return SplitConfig(
-        num_splits=num_splits,
-        block_kv=block_kv,
-        stages=min(6, _RING_BYTES // (2 * 2 * block_kv * q_shape[3])),
-        block_t=block_t,
-        block_g=block_g,
-        row_blocks_t=row_blocks_t,
-        row_blocks_g=row_blocks_g,
-        scale=scale,
-        softcap=softcap,
-    )
-
-
-def choose_num_splits(q_shape: Shape, k_shape: Shape, num_sms: int = _NUM_SMS) -> int:
-    """Chunks per sequence that keep the multiprocessors busy: the fewest within 10 % of the best.
-
-    At most one for each 64 keys of the capacity."""
-    _, _, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)
-    blocks = k_shape[0] * k_shape[2] * row_blocks_t * row_blocks_g
-    most = max(1, min(num_sms, k_shape[1] // 64))
-
-    def busy(splits: int) -> float:
-        waves = blocks * splits / num_sms
-        return waves / -(-blocks * splits // num_sms)
-
-    best = max(busy(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
-
-
-def _row_blocks(q_shape: Shape, k_shape: Shape) -> tuple[int, int, int, int]:
-    """block_t, block_g and how many of each: as many tokens as fit beside the heads of a group."""
-    _, T, N, _ = q_shape
-    G = N // k_shape[2]
-    limit = 64  # what registers and shared memory leave room for
-    block_g = min(G, limit)
-    block_t = min(T, limit // block_g)
-    return block_t, block_g, -(-T // block_t), -(-G // block_g)

@@ -1,0 +1,36 @@
+"""What the kernels on Pallas Mosaic GPU share."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2_E = math.log2(math.e)
+
+
+def swizzled(columns: int, itemsize: int) -> tuple:
+    """Layout of a matrix in shared memory that the tensor cores and TMA read without conflicts."""
+    swizzle = next(x for x in (128, 64, 32) if columns * itemsize % x == 0)
+    return (
+        plgpu.TilingTransform((8, swizzle // itemsize)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+
+
+def zero_unseen(v_tile, start, lo, hi) -> None:
+    """Zeroes the slots of a V tile that no query sees: their weight is zero, but 0 * NaN is NaN.
+
+    Args:
+      v_tile: [block_kv, H] in shared memory, block_kv a multiple of 64.
+      start: the slot of its first row. lo, hi: the slots lo <= s < hi are seen.
+    """
+    H = v_tile.shape[1]
+    layout = plgpu.Layout.WGMMA
+    for column in range(0, H, 64):
+        part = v_tile.at[:, pl.ds(column, min(64, H - column))]
+        slot = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout) + start
+        values = plgpu.load(part, layout=layout)
+        part[...] = jnp.where((slot >= lo) & (slot < hi), values, jnp.zeros_like(values))
