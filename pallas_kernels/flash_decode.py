@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdecode.pallas_kernels.kernel_call import differentiable
 from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
 from jaxdecode.pallas_kernels.varying import vary_alike
-from jaxdecode.pallas_kernels.xla import attend_gradient
 
 Array = jax.Array
 
@@ -66,40 +66,14 @@ def attend(
     """
     if num_splits is None:
         num_splits = choose_num_splits(q.shape, k.shape)
+    forward = functools.partial(_forward, num_splits=num_splits)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    return _attend(q, k, v, lo, hi, sinks, scale, softcap, num_splits, jnp.dtype(out_dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _attend(q, k, v, lo, hi, sinks, scale, softcap, num_splits, out_dtype):
-    return _forward(q, k, v, lo, hi, sinks, scale, softcap, num_splits, out_dtype)
-
-
-def _attend_fwd(q, k, v, lo, hi, sinks, scale, softcap, num_splits, out_dtype):
-    out, lse = _forward(q, k, v, lo, hi, sinks, scale, softcap, num_splits, jnp.dtype(jnp.float32))
-    return (out.astype(out_dtype), lse), (q, k, v, lo, hi, sinks, out, lse)
-
-
-def _attend_bwd(scale, softcap, num_splits, out_dtype, residuals, cotangents):
-    q, k, v, lo, hi, sinks, out, lse = residuals
-    d_out, d_lse = cotangents
-    dq, dk, dv = attend_gradient(
-        q, k, v, lo, hi, out, lse, d_out, d_lse, scale=scale, softcap=softcap
-    )
-    if sinks is None:
-        return dq, dk, dv, None, None, None
-    # A sink is a logit whose value is zero: only the normalisation feels it.
-    delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse
-    weight = jnp.exp(sinks[None, None, :] - lse)
-    return dq, dk, dv, None, None, -jnp.sum(weight * delta, axis=(0, 1))
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+    return differentiable(forward, q, k, v, lo, hi, sinks, scale, softcap, out_dtype)
 
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def _forward(q, k, v, lo, hi, sinks, scale, softcap, num_splits, out_dtype):
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "num_splits", "out_dtype"))
+def _forward(q, k, v, lo, hi, sinks, *, scale, softcap, num_splits, out_dtype):
     from jaxdecode.pallas_kernels.combine_kernel import combine_splits
     from jaxdecode.pallas_kernels.flash_decode_kernel import split_attention
 
@@ -107,4 +81,4 @@ def _forward(q, k, v, lo, hi, sinks, scale, softcap, num_splits, out_dtype):
     partials = split_attention(q, k, v, lo, hi, config)
     results = combine_splits(*partials, sinks, q.shape, out_dtype, config)
     # Inside shard_map a kernel's results would count as equal on all devices.
-    return vary_alike(*results, q)[:2]
+    return vary_alike(*results, q, k, v, lo, hi)[:2]

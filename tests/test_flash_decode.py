@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
+from kernel_runs import interpreted
 from reference import assert_close, low_precision_attention, reference_attention
 
 from jaxdecode.pallas_kernels import decode_attention, explain_attention, flash_decode, xla
@@ -36,12 +35,8 @@ CASES = {
 @pytest.fixture
 def interpreter():
     """Runs the kernels in Mosaic's interpreter, and fails the test on a race."""
-    interpreter_state.reset_gpu_interpret_mode_state()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted():
         yield
-    found = interpreter_state.get_races().races_found
-    interpreter_state.reset_gpu_interpret_mode_state()
-    assert not found
 
 
 def inputs(B, T, S, N, K, dtype=jnp.bfloat16, H=128, seed=0):
