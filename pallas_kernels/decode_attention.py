@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxdecode.pallas_kernels import flash_decode, xla
+from jaxdecode.pallas_kernels import flash_decode, prefill, xla
 from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
 Lengths = jax.Array | np.ndarray | int
 
 IMPLEMENTATIONS = ("flash_decode", "xla")
-# Beyond so many query tokens a call is prefill, for which the split kernels are not made.
+# Beyond so many query tokens a call is prefill, for which the wide-query kernel is made.
 _MOST_DECODE_TOKENS = 16
+# Whether that kernel is chosen without being asked for: once it is verified and timed on a GPU.
+_WIDE_UNASKED = False
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -94,7 +96,8 @@ def decode_attention(
       window: >= 1, how many positions a query looks back, itself counted; None for all.
       softcap: > 0; None for none.
       sinks: [N], one more logit per head, neither scaled nor capped, with a zero value.
-      num_splits: into how many parts the keys are cut; flash_decode only.
+      num_splits: into how many parts the keys are cut; flash_decode only, which otherwise serves
+        many query tokens without cutting the keys.
       implementation: None to choose, or one of IMPLEMENTATIONS.
       out_dtype: float type of the result, q's when None. Ask for float32 when you will merge it.
       return_lse: also return the log-sum-exp of the logits.
@@ -156,7 +159,9 @@ def choose(
                 "'xla' does not, leave num_splits out"
             )
         return AttentionChoice("xla", "asked for", asked_for=True)
-    obstacle = flash_decode.why_not_here() or flash_decode.why_not(q, k)
+    wide = _is_wide(q, num_splits)
+    kernels = prefill if wide else flash_decode
+    obstacle = flash_decode.why_not_here() or kernels.why_not(q, k)
     if implementation == "flash_decode" or num_splits is not None:
         if obstacle is not None:
             raise NotImplementedError(
@@ -166,13 +171,19 @@ def choose(
         return AttentionChoice("flash_decode", "asked for", asked_for=implementation is not None)
     if obstacle is not None:
         return AttentionChoice("xla", f"the portable implementation; {obstacle}")
-    if q.shape[1] > _MOST_DECODE_TOKENS:
+    if wide and not _WIDE_UNASKED:
         reason = f"{q.shape[1]} query tokens are prefill, more than {_MOST_DECODE_TOKENS}"
         return AttentionChoice("xla", f"the portable implementation; {reason}")
-    if q.shape[3] not in flash_decode.MEASURED_HEAD_DIMS:
+    if not wide and q.shape[3] not in flash_decode.MEASURED_HEAD_DIMS:
         reason = f"the kernels are not measured yet at head_dim {q.shape[3]}, ask for them by name"
         return AttentionChoice("xla", f"the portable implementation; {reason}")
-    return AttentionChoice("flash_decode", "split-KV kernels for this GPU")
+    kind = "wide-query kernel" if wide else "split-KV kernels"
+    return AttentionChoice("flash_decode", f"{kind} for this GPU")
+
+
+def _is_wide(q: Any, num_splits: int | None) -> bool:
+    """Whether flash_decode serves the call by its wide-query kernel."""
+    return num_splits is None and q.shape[1] > _MOST_DECODE_TOKENS
 
 
 def attend_ranges(
@@ -181,12 +192,17 @@ def attend_ranges(
 ) -> tuple[Array, Array]:  # fmt: skip
     """Runs the chosen implementation on a checked call: query t sees slots lo[t] <= s < hi[t]."""
     operands = vary_alike(q, k, v, lo, hi)
+    sinks = None if sinks is None else vary_alike(sinks, operands[0])[0]
 
     def portable(*operands: Array) -> tuple[Array, Array]:
         out, lse = xla.attend(*operands, scale=scale, softcap=softcap, sinks=sinks)
         return out.astype(out_dtype), lse
 
-    def split(*operands: Array) -> tuple[Array, Array]:
+    def kernels(*operands: Array) -> tuple[Array, Array]:
+        if _is_wide(operands[0], num_splits):
+            return prefill.attend(
+                *operands, scale=scale, softcap=softcap, sinks=sinks, out_dtype=out_dtype
+            )
         return flash_decode.attend(
             *operands, scale=scale, softcap=softcap, sinks=sinks, num_splits=num_splits,
             out_dtype=out_dtype,
@@ -195,9 +211,9 @@ def attend_ranges(
     if choice.implementation == "xla":
         return portable(*operands)
     if choice.asked_for:
-        return split(*operands)
+        return kernels(*operands)
     # Decided when it is lowered: a process with a GPU may compile this call for its CPU.
-    return lax.platform_dependent(*operands, cuda=split, default=portable)
+    return lax.platform_dependent(*operands, cuda=kernels, default=portable)
 
 
 def visible_ranges(
@@ -209,9 +225,12 @@ def visible_ranges(
       kv_len: [B] int32; q_start: [B] int32, kv_len - T when None.
 
     Returns:
-      lo, hi: [B, T] int32 in [0, S]; hi <= lo where a query sees nothing.
+      lo, hi: [B, T] int32 in [0, S] that never decrease along T; hi <= lo where a query sees
+        nothing.
     """
     first = kv_len - T if q_start is None else q_start
+    # No position wraps around. So far out all queries see the same.
+    first = jnp.minimum(first, np.iinfo(np.int32).max - T)
     position = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     limit = jnp.clip(kv_len, 0, S)[:, None]
     hi = jnp.clip(position, -1, S - 1) + 1

@@ -16,8 +16,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CI = os.environ.get("CI") == "true"
 
 # The GPU kernels, and the interpreter that tests them, need a newer jax than Python 3.11 gets.
-_KERNEL_TESTS = ["test_flash_decode.py", "test_read_kernel.py"]
-collect_ignore = _KERNEL_TESTS if jax.__version_info__ < (0, 11, 2) else []
+KERNEL_TESTS = [
+    "test_flash_decode.py",
+    "test_prefill.py",
+    "test_prefill_gpu.py",
+    "test_read_kernel.py",
+]
+collect_ignore = KERNEL_TESTS if jax.__version_info__ < (0, 11, 2) else []
 
 # Compiling takes longer than any deadline. In CI the examples are the same every time.
 hypothesis.settings.register_profile("local", deadline=None)

@@ -1,0 +1,105 @@
+"""Wide-query attention on a GPU, host side: what the kernel can do, its sizes, and its call.
+
+B batch, T query tokens, S capacity, N query heads, K KV heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdecode.pallas_kernels.kernel_call import differentiable
+from jaxdecode.pallas_kernels.varying import vary_alike
+
+if TYPE_CHECKING:
+    from jaxdecode.pallas_kernels.prefill_kernel import WideConfig
+
+Array = jax.Array
+Shape = tuple[int, ...]
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+# Shared memory of a block, less what barriers and alignment take.
+_SHARED_BYTES = 226 * 1024
+
+
+def why_not(q: Any, k: Any) -> str | None:
+    """Why the kernel cannot serve arrays of these shapes and dtypes; None if it can."""
+    S, H = k.shape[1], q.shape[3]
+    if q.dtype not in DTYPES:
+        return f"the wide-query kernel takes {' and '.join(DTYPES)}, not {q.dtype}"
+    if H not in HEAD_DIMS:
+        return f"the wide-query kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {H}"
+    if S % 8 or S < 64:
+        return (
+            "the wide-query kernel needs a capacity that is a multiple of 8 and at least 64, "
+            f"not {S}"
+        )
+    return None
+
+
+def attend(
+    q: Array, k: Array, v: Array, lo: Array, hi: Array, *,
+    scale: float, softcap: float | None = None, sinks: Array | None = None,
+    out_dtype: Any = jnp.float32,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Attends each query to the cache slots lo <= s < hi of its sequence, 128 rows to a block.
+
+    Arguments and results are those of `xla.attend`, and:
+
+    Args:
+      lo, hi: must not decrease along T, as in causal order with or without a window.
+      out_dtype: of the result.
+
+    A T that is not a multiple of 8 costs a padded copy of q. A NaN or infinity in a slot of v
+    reaches all queries of a block as soon as one of them sees it.
+    """
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    return differentiable(_forward, q, k, v, lo, hi, sinks, scale, softcap, out_dtype)
+
+
+# One jit for the module, so that equal calls, such as a model's layers, share one lowering.
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "out_dtype"))
+def _forward(q, k, v, lo, hi, sinks, *, scale, softcap, out_dtype):
+    from jaxdecode.pallas_kernels import prefill_kernel
+
+    T = q.shape[1]
+    config = wide_config(q.shape, k.shape, out_dtype, scale, softcap)
+    # Rows past T repeat the last query's range, so that they widen none.
+    lo, hi = (_padded(x, config.tokens, mode="edge") for x in (lo, hi))
+    out, lse = prefill_kernel.wide_attention(
+        _padded(q, 8, mode="constant"), k, v, lo, hi, sinks, out_dtype, config
+    )
+    results = out[:, :T], jnp.swapaxes(lse, 1, 2)[:, :T]
+    # Inside shard_map a kernel's results would count as equal on all devices.
+    return vary_alike(*results, q, k, v, lo, hi)[:2]
+
+
+def _padded(x, multiple, mode):
+    """x [B, T, ...] with T rounded up; x itself where nothing is missing."""
+    missing = -x.shape[1] % multiple
+    padding = [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, padding, mode=mode) if missing else x
+
+
+def wide_config(
+    q_shape: Shape, k_shape: Shape, out_dtype: Any, scale: float, softcap: float | None
+) -> WideConfig:
+    """The sizes of the kernel for these shapes: the tuning table."""
+    from jaxdecode.pallas_kernels.prefill_kernel import WideConfig
+
+    (_, _, N, H), (_, S, K, _) = q_shape, k_shape
+    # Wide heads leave registers for narrow tiles only.
+    block_kv = 128 if H <= 128 and S >= 128 else 64
+    q_bytes, out_bytes = 2 * 64 * H * 2, 2 * 64 * 64 * jnp.dtype(out_dtype).itemsize
+    stages = (_SHARED_BYTES - q_bytes - out_bytes) // (2 * 2 * block_kv * H)
+    return WideConfig(
+        heads=1 if N // K % 2 else 2,
+        block_kv=block_kv,
+        stages=min(4, stages),
+        scale=scale,
+        softcap=softcap,
+    )

@@ -1,0 +1,282 @@
+"""The wide-query kernel: interpreted on the CPU with race detection, and lowered for CUDA.
+
+conftest.py leaves this file out where jax has no interpreter for it (before 0.11.2).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
+from kernel_runs import interpreted
+from reference import assert_close, low_precision_attention, reference_attention
+
+from jaxdecode.pallas_kernels import (
+    decode_attention,
+    explain_attention,
+    flash_decode,
+    prefill,
+    prefill_kernel,
+    xla,
+)
+from jaxdecode.pallas_kernels.decode_attention import visible_ranges
+
+# (B, T, S, N, K, H, options): both shares of a block, tiles skipped and masked at both ends, a ring
+# that comes round, rows past T and rows that see nothing, and each option.
+CASES = {
+    "two heads a block": (1, 64, 512, 2, 1, 128, {}),
+    "one head a block": (1, 130, 256, 3, 1, 64, {"scale": 0.2}),
+    "padding rows": (2, 20, 128, 2, 2, 64, {}),
+    "window": (1, 72, 512, 2, 1, 64, {"window": 70}),
+    "chunk after the first": (
+        2, 40, 384, 4, 2, 64, {"kv_len": [240, 60], "q_start": [200, 20], "softcap": 5.0},
+    ),
+    "more queries than keys": (
+        1, 72, 128, 2, 1, 64, {"kv_len": [20], "sinks": True, "scale": -0.1},
+    ),
+    "everything": (
+        2, 136, 1024, 2, 2, 64,
+        {"kv_len": [900, 128], "window": 600, "softcap": 30.0, "sinks": True, "scale": 0.1},
+    ),
+    "narrow tiles": (1, 24, 72, 2, 2, 80, {}),
+    "wide heads": (1, 24, 256, 2, 1, 256, {}),
+}  # fmt: skip
+
+
+def accumulate(acc, p, v_tile):
+    """What `prefill_kernel._accumulate` computes."""
+    values = v_tile[...]
+    plgpu.commit_smem()  # a load, unlike that product, is not in order with TMA by itself
+    return acc + jnp.dot(p, values, preferred_element_type=jnp.float32)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Runs the kernel in Mosaic's interpreter, and fails the test on a race.
+
+    The interpreter lacks one instruction, the product with an operand in registers."""
+    monkeypatch.setattr(prefill_kernel, "_accumulate", accumulate)
+    with interpreted():
+        yield
+
+
+def inputs(B, T, S, N, K, H=64, dtype=jnp.bfloat16, kv_len=None, seed=0):
+    """q, k, v and lengths; NaN in every slot that is not filled."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    kv_len = np.array([S - 37, 0][:B] if kv_len is None else kv_len, np.int32)
+    for row, length in enumerate(kv_len):
+        k[row, length:] = v[row, length:] = np.nan
+    return *(jnp.asarray(x, dtype) for x in (q, k, v)), kv_len
+
+
+def attend(q, k, v, kv_len, *, q_start=None, window=None, **options):
+    q_start = None if q_start is None else jnp.asarray(q_start)
+    T, S = q.shape[1], k.shape[1]
+    lo, hi = visible_ranges(jnp.asarray(kv_len), T, S, q_start=q_start, window=window)
+    return prefill.attend(q, k, v, lo, hi, **({"scale": q.shape[-1] ** -0.5} | options))
+
+
+def check(B, T, S, N, K, H, options, dtype=jnp.bfloat16, out_dtype=jnp.float32):
+    options = dict(options)
+    q, k, v, kv_len = inputs(B, T, S, N, K, H, dtype, options.pop("kv_len", None))
+    if options.pop("sinks", False):
+        options["sinks"] = jnp.asarray(np.random.default_rng(1).normal(size=N), jnp.float32)
+    out, lse = attend(q, k, v, kv_len, **options, out_dtype=out_dtype)
+    case = [np.asarray(x) for x in (q, k, v)]
+    ref, ref_lse = reference_attention(*case, kv_len, **options)
+    low = low_precision_attention(*case, kv_len, **options, out_dtype=out_dtype)
+    assert_close(np.asarray(out), ref, low, q.dtype, lse=np.asarray(lse), ref_lse=ref_lse)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_against_the_reference(interpreter, name):
+    check(*CASES[name])
+
+
+def test_interpreted_float16(interpreter):
+    check(1, 24, 128, 2, 1, 64, {}, jnp.float16, jnp.float16)
+
+
+def test_the_check_notices_a_lost_slot(interpreter):
+    q, k, v, kv_len = inputs(1, 24, 128, 2, 1)
+    shifted, _ = attend(q, k, v, kv_len, q_start=kv_len - 25)
+    case = [np.asarray(x) for x in (q, k, v)]
+    ref, _ = reference_attention(*case, kv_len)
+    low = low_precision_attention(*case, kv_len, out_dtype=jnp.float32)
+    with pytest.raises(AssertionError):
+        assert_close(np.asarray(shifted), ref, low, q.dtype)
+
+
+def test_tiles_that_no_query_sees_are_skipped(monkeypatch):
+    """With equal logits and a sink, whose weight is 1, `acc` counts the tiles."""
+    monkeypatch.setattr(prefill_kernel, "_accumulate", lambda acc, p, v_tile: acc + 1.0)
+    q, k, v, _ = inputs(1, 56, 1024, 2, 1, kv_len=[1024])
+    for q_start, tiles in [(0, 1), (300, 3), (711, 2), (1000, 2), (2000, 0)]:
+        with interpreted():
+            options = {"q_start": [q_start], "window": 200, "sinks": jnp.zeros(2)}
+            out, lse = attend(0 * q, k, v, np.array([1000], np.int32), **options)
+        np.testing.assert_allclose(out * jnp.exp(lse)[..., None], tiles, rtol=1e-5)
+
+
+def test_a_race_would_be_noticed(monkeypatch):
+    """Tiles are read out of order with the TMA that then fills their slots again."""
+
+    def hasty(acc, p, v_tile):
+        return acc + jnp.dot(p, v_tile[...], preferred_element_type=jnp.float32)
+
+    monkeypatch.setattr(prefill_kernel, "_accumulate", hasty)
+    with pytest.raises(Exception, match="RACE DETECTED"), interpreted():
+        attend(*inputs(1, 32, 1024, 2, 1))
+
+
+def test_gradient_is_that_of_the_portable_implementation(interpreter):
+    q, k, v, _ = inputs(1, 24, 128, 2, 1, kv_len=[128])
+    lo, hi = visible_ranges(jnp.array([100]), 24, 128, window=50)
+    sinks = jnp.array([0.1, -0.3])
+
+    def loss(implementation, q, k, v, sinks):
+        out, lse = implementation(q, k, v, lo, hi, scale=0.1, sinks=sinks)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(lse**2)
+
+    arguments = (0, 1, 2, 3)
+    found = jax.grad(functools.partial(loss, prefill.attend), arguments)(q, k, v, sinks)
+    expected = jax.grad(functools.partial(loss, xla.attend), arguments)(q, k, v, sinks)
+    for x, y in zip(found, expected, strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_allclose(x, y, rtol=0.05, atol=0.02)
+
+
+def test_vmap_is_a_loop(interpreter):
+    q, k, v, kv_len = inputs(2, 24, 128, 2, 1, kv_len=[100, 64])
+    rows = jax.vmap(lambda *x: attend(*x)[0])(*(x[:, None] for x in (q, k, v, kv_len)))
+    np.testing.assert_array_equal(rows[:, 0], attend(q, k, v, kv_len)[0])
+
+
+def test_inside_shard_map_results_vary_as_their_operands():
+    """Or else out_specs=P() would pass with other data on each device."""
+    q, k, v, kv_len = (jnp.asarray(x) for x in inputs(2, 24, 128, 2, 1))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    traced = jax.jit(sharded).trace(q, k, v, kv_len)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    equal = jax.shard_map(attend, mesh=mesh, in_specs=P("data"), out_specs=P())
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.jit(equal).trace(q, k, v, kv_len)
+
+
+def lowered_for_cuda(call, B, T, S, N, K, H, dtype=jnp.bfloat16):
+    """Text of call(q, k, v, ranges, ranges); ranges and lengths have the same dtype."""
+    q = jax.ShapeDtypeStruct((B, T, N, H), dtype)
+    kv = jax.ShapeDtypeStruct((B, S, K, H), dtype)
+    ranges = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    traced = jax.jit(call).trace(q, kv, kv, ranges, ranges)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("H", prefill.HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "out_dtype"),
+    [
+        ((1, 2048, 65536, 64, 8), jnp.bfloat16, jnp.bfloat16),
+        ((2, 17, 72, 9, 3), jnp.float16, jnp.float32),
+    ],
+    ids=["long", "odd"],
+)
+def test_lowers_for_cuda(shape, dtype, out_dtype, H):
+    call = functools.partial(prefill.attend, scale=0.1, softcap=20.0, out_dtype=out_dtype)
+    text = lowered_for_cuda(call, *shape, H, dtype)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("shape", [(8, 512, 8192, 32, 32), (1, 1, 64, 2, 1)], ids=["wide", "one"])
+def test_lowers_for_cuda_with_sinks(shape):
+    def call(q, k, v, lo, hi):
+        return prefill.attend(q, k, v, lo, hi, scale=0.1, sinks=jnp.zeros(q.shape[2]))
+
+    assert lowered_for_cuda(call, *shape, 128).count("custom_call @mosaic_gpu") == 1
+
+
+def test_queries_are_copied_only_to_fill_up_to_eight():
+    call = functools.partial(prefill.attend, scale=0.1)
+    assert "stablehlo.pad" not in lowered_for_cuda(call, 1, 256, 512, 2, 1, 128)
+    padded = [
+        line
+        for line in lowered_for_cuda(call, 1, 72, 512, 2, 1, 128).splitlines()
+        if "stablehlo.pad" in line or "stablehlo.concatenate" in line
+    ]
+    assert padded
+    assert not [line for line in padded if "xbf16>" in line]
+
+
+def test_equal_layers_share_one_lowering():
+    def layers(q, k, v, lo, hi):
+        for _ in range(8):
+            q, _ = prefill.attend(q, k, v, lo, hi, scale=0.1, out_dtype=q.dtype)
+        return q
+
+    text = lowered_for_cuda(layers, 1, 128, 1024, 16, 2, 128)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_ranges_never_decrease_along_the_queries():
+    """The kernel finds what a block sees at its first and its last row."""
+    far = np.iinfo(np.int32).max
+    for q_start in (None, 0, 90, 128, far - 1, far, -far):
+        for window in (None, 1, 40, far):
+            q_start_row = None if q_start is None else jnp.array([q_start], jnp.int32)
+            ranges = visible_ranges(jnp.array([100]), 64, 128, q_start=q_start_row, window=window)
+            for x in ranges:
+                assert (np.diff(x) >= 0).all(), (q_start, window)
+                assert 0 <= x.min() <= x.max() <= 128
+
+
+def kernels_called(monkeypatch, T, **options):
+    """How many kernels the door's call launches; flash_decode is two, the wide-query kernel one."""
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+
+    def call(q, k, v, kv_len, _):
+        return decode_attention(q, k, v, kv_len[:, 0], **options)
+
+    text = lowered_for_cuda(call, 1, T, 512, 2, 1, 128)
+    return text.count("custom_call @mosaic_gpu")
+
+
+def test_the_door_serves_many_queries_when_asked(monkeypatch):
+    assert kernels_called(monkeypatch, 16, implementation="flash_decode") == 2
+    assert kernels_called(monkeypatch, 17, implementation="flash_decode") == 1
+    assert kernels_called(monkeypatch, 17, num_splits=2) == 2
+    assert kernels_called(monkeypatch, 17) == 0
+    q, k, v, _ = inputs(1, 17, 128, 2, 1, H=128)
+    asked = explain_attention(q, k, v, 20, implementation="flash_decode")
+    assert str(asked) == "flash_decode: asked for"
+
+
+def test_the_door_would_choose_it_by_itself(monkeypatch):
+    """What turning on `_WIDE_UNASKED` does."""
+    door = sys.modules["jaxdecode.pallas_kernels.decode_attention"]  # the name is a function's
+    monkeypatch.setattr(door, "_WIDE_UNASKED", True)
+    assert kernels_called(monkeypatch, 17) == 1
+    q, k, v, _ = inputs(1, 17, 128, 2, 1)
+    choice = explain_attention(q, k, v, 20)
+    assert str(choice) == "flash_decode: wide-query kernel for this GPU"
+
+
+def test_what_the_kernel_cannot_do_is_said(monkeypatch):
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    for dtype, S, H, words in [
+        (jnp.float32, 128, 64, "not float32"),
+        (jnp.bfloat16, 128, 72, "not 72"),
+        (jnp.bfloat16, 124, 64, "not 124"),
+        (jnp.bfloat16, 56, 64, "not 56"),
+    ]:
+        q, k, v, _ = inputs(1, 17, S, 2, 1, H, dtype)
+        with pytest.raises(NotImplementedError, match=f"wide-query kernel .*{words}"):
+            decode_attention(q, k, v, 20, implementation="flash_decode")
+        assert explain_attention(q, k, v, 20).implementation == "xla"
