@@ -41,8 +41,8 @@ CASES = {
         1, 72, 128, 2, 1, 64, {"kv_len": [20], "sinks": True, "scale": -0.1},
     ),
     "everything": (
-        2, 136, 1024, 2, 2, 64,
-        {"kv_len": [900, 128], "window": 600, "softcap": 30.0, "sinks": True, "scale": 0.1},
+        2, 72, 512, 2, 2, 64,
+        {"kv_len": [500, 128], "window": 300, "softcap": 30.0, "sinks": True, "scale": 0.1},
     ),
     "narrow tiles": (1, 24, 72, 2, 2, 80, {}),
     "wide heads": (1, 24, 256, 2, 1, 256, {}),
