@@ -49,6 +49,7 @@ def generate(
         chat template), a list of token ids, or a list of such prompts.
       params: SamplingParams() when None, which is greedy.
       cache: continue after what it holds; `model.init_cache(batch, capacity)` to choose the room.
+        Over a mesh, batch is a multiple of the axis `data`, and rows without a prompt stay empty.
         It is donated: use the one in the results from then on. None: just enough room.
       implementation: of attention, see `jaxdecode.decode_attention`.
 
@@ -56,7 +57,8 @@ def generate(
       One Result per prompt, in order.
 
     Raises:
-      RequestError: a prompt is empty, has ids outside the vocabulary, or does not fit.
+      RequestError: a prompt is empty, has ids outside the vocabulary, or does not fit; the cache is
+        not of this model and mesh.
       NonFiniteLogitsError: the model produced NaN or infinity.
     """
     run = _Run(model, tokenizer, prompts, params or SamplingParams(), cache, implementation)

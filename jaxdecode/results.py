@@ -33,7 +33,8 @@ class Result:
       logprobs: one per token, or None unless asked for.
       seed: of the draws.
       stats: counts and times of the whole call.
-      cache: continues after `tokens`; shared by all results of a call, row by row.
+      cache: continues after `tokens`; shared by all results of a call, row by row. Over a mesh it
+        may have more rows, which are empty.
     """
 
     tokens: list[int]

@@ -57,11 +57,7 @@ def test_examples_for_own_models(readme, tmp_path, index):
 
 def test_the_example_over_several_devices(readme, tmp_path):
     make_model(tmp_path / "path/to/llama")
-    code = examples(readme)[4]
-    printed = run_example(code, tmp_path, JAX_NUM_CPU_DEVICES="4")
-    assert printed == run_example(
-        code.replace(", mesh=mesh", ""), tmp_path, JAX_NUM_CPU_DEVICES="4"
-    )
+    printed = run_example(examples(readme)[4], tmp_path, JAX_NUM_CPU_DEVICES="4")
     assert printed.strip().isalpha()
 
 
