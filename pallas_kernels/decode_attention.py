@@ -191,6 +191,8 @@ def attend_ranges(
     softcap: float | None, sinks: Array | None, num_splits: int | None, out_dtype: Any,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Runs the chosen implementation on a checked call: query t sees slots lo[t] <= s < hi[t]."""
+    if choice.implementation == "xla" and not choice.asked_for:
+        flash_decode.warn_of_idle_gpu()
     operands = vary_alike(q, k, v, lo, hi)
     sinks = None if sinks is None else vary_alike(sinks, operands[0])[0]
 

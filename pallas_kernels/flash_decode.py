@@ -6,6 +6,7 @@ B batch, T query tokens, S capacity, N query heads, K KV heads, G = N // K, H he
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -49,6 +50,16 @@ def why_not_here() -> str | None:
             f"{device.device_kind} has {capability}"
         )
     return None
+
+
+def warn_of_idle_gpu() -> None:
+    """Warns if there is a GPU but it cannot run the kernels. Python shows it once per process."""
+    if jax.default_backend() == "gpu" and (obstacle := why_not_here()) is not None:
+        warnings.warn(
+            f"decode_attention runs its portable implementation on this GPU: {obstacle}",
+            RuntimeWarning,
+            stacklevel=1,
+        )
 
 
 def attend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from attention_runs import IMPLEMENTATIONS, count_compiles
 from reference import DTYPES
 
+from jaxdecode.pallas_kernels import flash_decode
 from jaxdecode.pallas_kernels.decode_attention import decode_attention, explain_attention
 
 pytestmark = pytest.mark.contract
@@ -182,3 +184,19 @@ def test_explain_raises_what_the_call_raises(changes):
         decode_attention(**arguments(**changes))
     with pytest.raises(ValueError, match=re.escape(str(called.value))):
         explain_attention(**arguments(**changes))
+
+
+def test_a_gpu_that_cannot_run_the_kernels_is_said_once(monkeypatch):
+    q, k = jnp.ones((1, 1, 2, 8)), jnp.ones((1, 16, 2, 8))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: "it is of another make")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            decode_attention(q, k, k, 5)
+        decode_attention(q, k, k, 5, implementation="xla")
+    assert [str(warning.message) for warning in said] == [
+        "decode_attention runs its portable implementation on this GPU: it is of another make"
+    ]
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    decode_attention(q, k, k, 5)  # a warning would be an error here
