@@ -48,6 +48,14 @@ class DeviceError(DecodeError):
     """A device or an attention implementation that this machine cannot offer."""
 
 
+class MemoryPlanError(DecodeError):
+    """A model and a context that do not fit into a device's memory, found before they are made."""
+
+
+class OutOfMemoryError(DecodeError):
+    """A device that ran out of memory all the same. The command line exits with 1."""
+
+
 class NonFiniteLogitsError(DecodeError):
     """The model produced NaN or infinity, so there is nothing to sample from.
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import jaxdecode
 from jaxdecode.cli import options
-from jaxdecode.cli.output import readable_bytes, write_text
+from jaxdecode.cli.output import write_text
 from jaxdecode.errors import DeviceError
+from jaxdecode.units import readable_bytes
 
 if TYPE_CHECKING:
     import jax

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxdecode.cli import options
-from jaxdecode.cli.output import one_line, readable_bytes, write_json, write_text
+from jaxdecode.cli.output import one_line, write_json, write_text
+from jaxdecode.units import readable_bytes
 
 if TYPE_CHECKING:
     from jaxdecode.checkpoint import WeightSource

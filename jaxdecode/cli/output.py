@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from jaxdecode.units import readable_bytes
+
 if TYPE_CHECKING:
     import jax
 
+    from jaxdecode.plan import Plan
     from jaxdecode.stats import Stats
 
 OnProgress = Callable[[str, int, int], None]
@@ -32,6 +35,7 @@ class Report:
     Attributes:
       quiet: only warnings and errors are said.
       device: where the model runs, once chosen.
+      plan: of the memory that the run takes, once its size is known.
       prompt_tokens, generated_tokens: of the running generation, so far.
       generating_since: when its first token came (time.monotonic), None before.
       stats: of the last generation, None while one is running.
@@ -39,6 +43,7 @@ class Report:
 
     quiet: bool = False
     device: jax.Device | None = None
+    plan: Plan | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
     generating_since: float | None = None
@@ -98,16 +103,6 @@ def peak_memory(device: jax.Device | None) -> int:
         return counts["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def readable_bytes(count: int) -> str:
-    """1536 -> '1.5 kB'; powers of 1000."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def write_text(text: str) -> None:
