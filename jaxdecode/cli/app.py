@@ -22,7 +22,8 @@ from jaxdecode.cli.generate import generate
 from jaxdecode.cli.inspect import inspect
 from jaxdecode.cli.interrupts import EXIT_INTERRUPTED
 from jaxdecode.cli.output import Report, say_error, write_text
-from jaxdecode.errors import DecodeError
+from jaxdecode.cli.plan import plan
+from jaxdecode.errors import DecodeError, OutOfMemoryError
 
 EXIT_INTERNAL, EXIT_USER = 1, 2
 
@@ -56,7 +57,7 @@ def jaxdecode_command(
     """
 
 
-for verb in (generate, chat, bench, inspect, convert, doctor):
+for verb in (generate, chat, bench, plan, inspect, convert, doctor):
     app.command()(verb)
 
 
@@ -92,7 +93,7 @@ def _explain(error: Exception) -> int:
     """Says what went wrong in one line and returns the exit code."""
     if isinstance(error, DecodeError):
         say_error(str(error))
-        return EXIT_USER
+        return EXIT_INTERNAL if isinstance(error, OutOfMemoryError) else EXIT_USER
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         say_error(f"{where}{error.strerror or error}")

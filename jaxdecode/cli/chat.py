@@ -74,6 +74,7 @@ def chat(
     )  # fmt: skip
     loaded = runtime.load_model(
         report, model, dtype=dtype, attn=attn, device=device, mesh=mesh,
+        context=context_size or _DEFAULT_CONTEXT,
         compilation_cache=not no_compilation_cache, chat_template=chat_template,
     )  # fmt: skip
     if loaded.tokenizer.chat_template is None:
@@ -147,7 +148,7 @@ def answer(
             "/reset begins anew"
         )
     params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
-    cache, rest = continued(loaded, conversation, tokens, capacity)
+    cache, rest = continued(report, loaded, conversation, tokens, capacity)
     conversation.cache, conversation.cached = None, []
     result = runtime.generate_text(report, loaded, rest, params, cache, on_text=write_text)
     write_text("\n")
@@ -159,13 +160,13 @@ def answer(
 
 
 def continued(
-    loaded: Loaded, conversation: Conversation, tokens: list[int], capacity: int
+    report: Report, loaded: Loaded, conversation: Conversation, tokens: list[int], capacity: int
 ) -> tuple[KVCache, list[int]]:
     """The cache cut back to what it shares with `tokens`, and those that it lacks, at least one."""
     from jaxdecode.cli import runtime
 
     if conversation.cache is None:
-        return runtime.empty_cache(loaded.model, capacity), tokens
+        return runtime.empty_cache(report, loaded, capacity), tokens
     shared = 0
     for old, new in zip(conversation.cached, tokens[:-1], strict=False):
         if old != new:

@@ -116,12 +116,12 @@ def generate(
     )  # fmt: skip
     text = read_prompt(prompt, prompt_file)
     loaded = runtime.load_model(
-        report, model, dtype=dtype, attn=attn, device=device, mesh=mesh,
+        report, model, dtype=dtype, attn=attn, device=device, mesh=mesh, context=context_size,
         compilation_cache=not no_compilation_cache, chat_template=chat_template,
     )  # fmt: skip
     params = runtime.with_seed(report, params)
     tokens = runtime.encode(loaded, what_to_encode(loaded.tokenizer, text, system, chat))
-    cache = runtime.make_cache(loaded, context_size, len(tokens), max_tokens)
+    cache = runtime.make_cache(report, loaded, context_size, len(tokens), params, prefill_step_size)
     live = stream and not as_json
     result = runtime.generate_text(
         report, loaded, tokens, params, cache,

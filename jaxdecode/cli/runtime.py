@@ -24,13 +24,16 @@ from jaxdecode.checkpoint.default_model import fetch_default_model
 from jaxdecode.checkpoint.source import WeightSource
 from jaxdecode.cli import options
 from jaxdecode.cli.output import Report, progress_bars, say_warning
+from jaxdecode.device_model import of_device
 from jaxdecode.errors import DeviceError, RequestError, TokenizerError
 from jaxdecode.generation import PREFILL_STEP_SIZE, stream_generate
+from jaxdecode.memory import Workload
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.sharding import Sharding, auto_sizes, describe
 from jaxdecode.pallas_kernels import AttentionChoice, explain_attention
+from jaxdecode.plan import Plan, check_fits, explain_exhaustion, plan, plan_model
 from jaxdecode.prompts import encode_prompts
 from jaxdecode.results import Result
 from jaxdecode.sampling import SamplingParams
@@ -56,12 +59,12 @@ class Loaded:
 
 def load_model(
     report: Report, name: str, *, dtype: str | None, attn: str, device: str, mesh: str | None,
-    compilation_cache: bool, chat_template: Path | None,
+    compilation_cache: bool, chat_template: Path | None, context: int | None,
 ) -> Loaded:  # fmt: skip
     """Chooses the devices, says which and why, and loads model and tokenizer onto them.
 
     Raises:
-      DecodeError: one of them cannot be had.
+      DecodeError: one of them cannot be had, or does not fit with a cache of `context` tokens.
     """
     sizes = None if mesh is None else options.parse_mesh(mesh)
     report.device = select_device(device)
@@ -78,8 +81,14 @@ def load_model(
         report.say(f"device: {count}{kind}; attention: {choice}; weights: {dtype}")
         if sizes is not None:
             report.say(describe(source.config, sharding))
+        work = Workload(config=source.config, context=max(1, context or 1), dtype=dtype)
+        here = of_device(report.device)
+        check_memory(report, None if here is None else plan(work, here, sharding))
         tokenizer = _tokenizer(source, chat_template)
-        with progress_bars(report, "bytes") as on_progress:
+        with (
+            explain_exhaustion(lambda: report.plan),
+            progress_bars(report, "bytes") as on_progress,
+        ):
             model = loading.load_model(source, dtype, sharding, on_progress=on_progress)
     finally:
         source.close()
@@ -111,6 +120,17 @@ def make_sharding(
         )
     grid = np.array(devices[:count]).reshape(tuple(sizes.values()))
     return loading.checked_sharding(config, Mesh(grid, tuple(sizes)))
+
+
+def check_memory(report: Report, made: Plan | None) -> None:
+    """Keeps the plan of a run for the report, before any of its memory is taken.
+
+    Raises:
+      MemoryPlanError: the device certainly has too little.
+    """
+    report.plan = made
+    if made is not None:
+        check_fits(made)
 
 
 def open_model(report: Report, name: str) -> WeightSource:
@@ -168,14 +188,16 @@ def encode(loaded: Loaded, prompt: str | list[dict[str, str]]) -> list[int]:
 
 
 def make_cache(
-    loaded: Loaded, context: int | None, num_prompt: int, max_tokens: int
-) -> KVCache | None:
+    report: Report, loaded: Loaded, context: int | None, num_prompt: int, params: SamplingParams,
+    prefill_step_size: int,
+) -> KVCache | None:  # fmt: skip
     """The cache for --context; None (just enough room) without it.
 
     Raises:
       RequestError: prompt and answer do not fit into it, or into what the model was trained for.
+      MemoryPlanError: they do not fit into the device's memory.
     """
-    trained = loaded.model.config.max_positions
+    trained, max_tokens = loaded.model.config.max_positions, params.max_tokens
     limit = trained if context is None else context
     if num_prompt + max_tokens > limit:
         what = "positions the model was trained for" if context is None else "tokens of --context"
@@ -183,18 +205,22 @@ def make_cache(
             f"the prompt has {num_prompt} tokens, and with --max-tokens {max_tokens} that is more "
             f"than the {limit} {what}; shorten the prompt, lower --max-tokens or raise --context"
         )
+    capacity = num_prompt + max_tokens if context is None else context
+    made = plan_model(loaded.model, context=capacity, prefill_step_size=prefill_step_size)
+    check_memory(report, made)
     if context is None:
         return None
     if context > trained:
         say_warning(
             f"--context {context} goes beyond the {trained} positions the model was trained for"
         )
-    return empty_cache(loaded.model, context)
+    return empty_cache(report, loaded, context)
 
 
-def empty_cache(model: Llama, capacity: int) -> KVCache:
+def empty_cache(report: Report, loaded: Loaded, capacity: int) -> KVCache:
     """For one conversation, and rows that stay idle where the mesh cuts the batch."""
-    return model.init_cache(model.sharding.data, capacity)
+    with explain_exhaustion(lambda: report.plan):
+        return loaded.model.init_cache(loaded.model.sharding.data, capacity)
 
 
 def generate_text(
@@ -204,21 +230,22 @@ def generate_text(
 ) -> Result:  # fmt: skip
     """Generates to the end; `on_text` gets text as it comes, and the report keeps up with it."""
     report.start(len(tokens))
-    with progress_bars(report, "tokens") as on_progress:
-        chunks = stream_generate(
-            loaded.model, loaded.tokenizer, tokens, params, cache=cache,
-            implementation=loaded.implementation, prefill_step_size=prefill_step_size,
-            on_prefill=lambda done, total: on_progress("prompt", done, total),
-        )  # fmt: skip
-        chunk = next(chunks)
-    while True:
-        report.count_token()
-        if on_text is not None:
-            on_text(chunk.text)
-        if chunk.result is not None:
-            report.stats = chunk.result.stats
-            return chunk.result
-        chunk = next(chunks)
+    with explain_exhaustion(lambda: report.plan):
+        with progress_bars(report, "tokens") as on_progress:
+            chunks = stream_generate(
+                loaded.model, loaded.tokenizer, tokens, params, cache=cache,
+                implementation=loaded.implementation, prefill_step_size=prefill_step_size,
+                on_prefill=lambda done, total: on_progress("prompt", done, total),
+            )  # fmt: skip
+            chunk = next(chunks)
+        while True:
+            report.count_token()
+            if on_text is not None:
+                on_text(chunk.text)
+            if chunk.result is not None:
+                report.stats = chunk.result.stats
+                return chunk.result
+            chunk = next(chunks)
 
 
 def cache_directory() -> Path:
