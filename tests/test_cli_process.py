@@ -171,6 +171,13 @@ def test_stdout_holds_only_json_and_compiled_programs_are_kept(process, model, t
     assert again.returncode == 0
     assert first["text"] == second["text"]
     assert second["compile_seconds"] < first["compile_seconds"]
+    for file in kept.iterdir():  # cut short, as by a full disk
+        file.write_bytes(file.read_bytes()[:100])
+    damaged = process(*arguments)
+    out, err = damaged.communicate(timeout=PATIENCE)
+    assert damaged.returncode == 0, err
+    assert b"Error reading persistent compilation cache entry" in err
+    assert json.loads(out)["text"] == first["text"]
 
 
 def test_cuda_without_its_plugin(process, model):
