@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,9 +28,10 @@ from jax.sharding import NamedSharding
 from jaxdecode.decode_loop import SplitModel, decode, start_state
 from jaxdecode.errors import DeviceError, RequestError
 from jaxdecode.generation import MAX_TOKENS_PER_DISPATCH, PREFILL_STEP_SIZE, generate
+from jaxdecode.memory import num_weights
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, round_up_capacity
-from jaxdecode.models.llama import Llama, param_letters, param_shapes
+from jaxdecode.models.llama import Llama
 from jaxdecode.models.random_model import random_array
 from jaxdecode.models.sharding import AXES, Sharding
 from jaxdecode.pallas_kernels import IMPLEMENTATIONS, AttentionChoice, explain_attention
@@ -278,12 +278,7 @@ def slots_for(
 
 def weight_bytes(model: Llama) -> int:
     """Bytes of the weights that one device reads in a decode step."""
-    letters, itemsize = param_letters(model.config), model.dtype.itemsize
-    return sum(
-        math.prod(model.sharding.local_shape(letters[name], shape)) * itemsize
-        for name, shape in param_shapes(model.config).items()
-        if name != "embed" or model.config.tie_embeddings
-    )
+    return num_weights(model.config, model.sharding, read=True) * model.dtype.itemsize
 
 
 def cache_bytes(config: LlamaConfig, lengths: Sequence[int], tokens: int, itemsize: int) -> float:
