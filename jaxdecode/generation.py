@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from jaxdecode.decode_loop import (
 from jaxdecode.errors import NonFiniteLogitsError, RequestError
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
+from jaxdecode.processes import check_same, random_seed
 from jaxdecode.prompts import encode_prompts
 from jaxdecode.results import Chunk, Result, TokenLogprobs
 from jaxdecode.sampling import SamplingArrays, SamplingParams, sample_indices
@@ -88,7 +88,10 @@ def stream_generate(
             f"tokens_per_dispatch must be from 1 to {MAX_TOKENS_PER_DISPATCH}, "
             f"found {tokens_per_dispatch}"
         )
-    run = _Run(model, tokenizer, prompt, params or SamplingParams(), cache, implementation)
+    run = _Run(
+        model, tokenizer, prompt, params or SamplingParams(), cache, implementation,
+        sizes=(tokens_per_dispatch, prefill_step_size),
+    )  # fmt: skip
     if len(run.rows) != 1:
         raise RequestError(f"stream_generate takes one prompt, found {len(run.rows)}; use generate")
     run.check_step_size(prefill_step_size)
@@ -145,14 +148,15 @@ class _Run:
 
     def __init__(
         self, model: Llama, tokenizer: Any, prompts: Any, params: SamplingParams,
-        cache: KVCache | None, implementation: str | None,
+        cache: KVCache | None, implementation: str | None, *, sizes: tuple[int, ...] = (),
     ):  # fmt: skip
         filled = [] if cache is None else _filled(model, cache)
         encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size, filled)
         idle = -len(encoded) % model.sharding.data
         cache = _room_for(model, encoded, idle, params.max_tokens, cache, filled)
-        self.seed = secrets.randbits(32) if params.seed is None else params.seed
         stop_ids = _stop_ids(model, tokenizer, params)
+        check_same(model.sharding, (encoded, params, stop_ids, implementation, sizes))
+        self.seed = random_seed(model.sharding) if params.seed is None else params.seed
         self.rows = [
             _Row(ids, _text_stream(tokenizer, params), frozenset(stop_ids)) for ids in encoded
         ]

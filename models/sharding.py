@@ -95,20 +95,21 @@ class Sharding:
         return tuple(size // part for size, part in zip(shape, parts, strict=True))
 
     def constrain(self, x: Array, letters: str) -> Array:
-        """The same array, moved within jit to where these letters put it."""
+        """The same array, moved to where these letters put it."""
         if self.mesh is None:
             return x
         return lax.with_sharding_constraint(x, self.named(letters))
 
     def place(self, x: np.ndarray, letters: str) -> Array:
         """An array of the host, the same in every process, on the devices."""
-        return jnp.asarray(x) if self.mesh is None else jax.device_put(x, self.named(letters))
+        if self.mesh is None:
+            return jnp.asarray(x)
+        # device_put would have the processes compare their arrays at each call.
+        return jax.make_array_from_callback(x.shape, self.named(letters), lambda index: x[index])
 
     def fetch(self, x: Array) -> np.ndarray:
         """A small array's values on the host, in every process."""
-        if not x.is_fully_addressable:
-            x = jax.jit(lambda x: x, out_shardings=self.named(""))(x)
-        return np.asarray(x)
+        return np.asarray(x if x.is_fully_addressable else self.constrain(x, ""))
 
     # Below: for code inside `jax.shard_map`; with one device each is the identity.
 

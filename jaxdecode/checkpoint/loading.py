@@ -92,6 +92,11 @@ def checked_sharding(config: LlamaConfig, mesh: Mesh) -> Sharding:
             f"mesh must be a jax.sharding.Mesh or None, found {mesh!r:.100}; "
             "jax.make_mesh((2, 2), ('tensor', 'seq')) makes one"
         )
+    if jax.process_index() not in {device.process_index for device in mesh.devices.flat}:
+        raise RequestError(
+            f"the mesh has no device of process {jax.process_index()}; each of the "
+            f"{jax.process_count()} processes must have a part of the model"
+        )
     try:
         return fit_mesh(config, mesh)
     except ValueError as error:
