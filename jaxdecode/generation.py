@@ -152,10 +152,10 @@ class _Run:
     ):  # fmt: skip
         filled = [] if cache is None else _filled(model, cache)
         encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size, filled)
-        idle = -len(encoded) % model.sharding.data
-        cache = _room_for(model, encoded, idle, params.max_tokens, cache, filled)
         stop_ids = _stop_ids(model, tokenizer, params)
         check_same(model.sharding, (encoded, params, stop_ids, implementation, sizes))
+        idle = -len(encoded) % model.sharding.data
+        cache = _room_for(model, encoded, idle, params.max_tokens, cache, filled)
         self.seed = random_seed(model.sharding) if params.seed is None else params.seed
         self.rows = [
             _Row(ids, _text_stream(tokenizer, params), frozenset(stop_ids)) for ids in encoded

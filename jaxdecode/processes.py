@@ -155,16 +155,15 @@ def join(
     joining = threading.Thread(target=initialize, daemon=True)
     joining.start()
     joining.join(timeout)
-    where = f"process {member.process_id} of {member.num_processes}"
     if failures:
         hint = "" if member.coordinator else "; give coordinator, num_processes and process_id"
-        raise DeviceError(f"{where} cannot join the others: {failures[0]}{hint}") from failures[0]
+        raise DeviceError(f"cannot join the other processes: {failures[0]}{hint}") from failures[0]
     if joining.is_alive():
         at = f" at {member.coordinator}" if member.coordinator else ""
         raise DeviceError(
-            f"{where} waited {timeout} s for all to meet{at}; check that each was started with a "
-            "process_id of its own and the same num_processes, and that the coordinator's port "
-            "can be reached"
+            f"{member.num_processes} processes did not meet{at} within {timeout} s; check that all "
+            "were started, each with a process_id of its own and the same num_processes, and that "
+            "the coordinator's port can be reached"
         )
 
 
@@ -190,11 +189,12 @@ def check_same(sharding: Sharding, request: Any) -> None:
     """
     digest = hashlib.sha256(repr(request).encode()).digest()
     said = _gathered(sharding, np.frombuffer(digest, np.uint32))
-    odd = sorted(process for process, words in said.items() if (words != said[min(said)]).any())
-    if odd:
+    first = min(said)
+    others = [str(process) for process in sorted(said) if (said[process] != said[first]).any()]
+    if others:
         raise RequestError(
-            f"processes {', '.join(map(str, odd))} were given other prompts or sampling values "
-            f"than process {min(said)}; start every process with the same arguments"
+            f"not all processes were given the same prompts and sampling values as process {first} "
+            f"(others: {', '.join(others)}); start every process with the same arguments"
         )
 
 

@@ -334,6 +334,7 @@ def test_internal_error_is_one_line_and_verbose_shows_traceback(ask, monkeypatch
         (PermissionError(13, "Permission denied", "/models/x"), 2, "/models/x: Permission denied"),
         (MemoryError("40 GB"), 1, "out of memory (40 GB); lower --context"),
         (RuntimeError("RESOURCE_EXHAUSTED: 40 GB"), 1, "out of memory"),
+        (RuntimeError("UNKNOWN: Gloo AllGather failed: closed by peer"), 1, "lost another process"),
     ],
 )
 def test_exit_code_of_other_errors(ask, monkeypatch, error, code, words):

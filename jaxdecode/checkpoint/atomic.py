@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from jaxdecode.checkpoint.files import shown
 from jaxdecode.errors import CheckpointError
 
@@ -34,8 +36,14 @@ def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
       num_bytes: about what will be written; checked against the free space first.
 
     Raises:
-      CheckpointError: `path` exists, or the disk is full or not writable.
+      CheckpointError: `path` exists, the disk is full or not writable, or this is one process of
+        several: each has parts of the weights only.
     """
+    if jax.distributed.is_initialized():
+        raise CheckpointError(
+            f"{path}: several processes cannot save a model together; load it in one process, "
+            "where the CPU's memory is enough, and save it there"
+        )
     parent, prefix = path.parent, _hidden_prefix(path.name)
     try:
         _check_free(path)

@@ -80,8 +80,8 @@ def export_safetensors(
       on_progress: called with ("writing", bytes written, bytes in all).
 
     Raises:
-      CheckpointError: `path` exists, the disk is full or not writable, or a weight is too large for
-        float16.
+      CheckpointError: `path` exists, the disk is full or not writable, a weight is too large for
+        float16, or this is one process of several.
       RequestError: dtype is not float32, bfloat16 or float16.
     """
     path = Path(path).absolute()

@@ -63,7 +63,8 @@ def save(model: Llama, path: str | os.PathLike[str], tokenizer: Tokenizer | None
       tokenizer: saved beside the weights.
 
     Raises:
-      CheckpointError: `path` exists, or the disk is full or not writable; nothing is left behind.
+      CheckpointError: `path` exists, the disk is full or not writable, or this is one process of
+        several; nothing is left behind.
     """
     params = model.params()
     path = Path(path).absolute()

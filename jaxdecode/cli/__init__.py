@@ -24,4 +24,7 @@ def main() -> int:
         report.say_last_words()
         # Without the interpreter's clean-up, which would wait for what the device still computes.
         os._exit(EXIT_INTERRUPTED)
+    if report.together and report.stats is None:
+        # JAX's clean-up would wait for the others, which wait for this process.
+        os._exit(code)
     return code

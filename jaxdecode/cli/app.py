@@ -26,6 +26,8 @@ from jaxdecode.cli.plan import plan
 from jaxdecode.errors import DecodeError, OutOfMemoryError
 
 EXIT_INTERNAL, EXIT_USER = 1, 2
+# In the errors of JAX's collectives, on CPUs and on GPUs, when another process has gone.
+_LOST_PROCESS = ("Gloo", "remote process exited")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,6 +104,9 @@ def _explain(error: Exception) -> int:
         say_error(
             f"out of memory ({error}); lower --context, or use --dtype bfloat16 or a smaller model"
         )
+        return EXIT_INTERNAL
+    if any(sign in str(error) for sign in _LOST_PROCESS):
+        say_error("lost another process, which died or cannot be reached; its own messages say why")
         return EXIT_INTERNAL
     say_error(f"internal error: {type(error).__name__}: {error}; -v shows the traceback")
     return EXIT_INTERNAL

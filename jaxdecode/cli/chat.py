@@ -63,8 +63,10 @@ def chat(
 ) -> None:
     """Talk with a model; each answer continues from the last one's cache."""
     from jaxdecode.cli import runtime
+    from jaxdecode.cli.together import refuse_launcher
     from jaxdecode.sampling import SamplingParams
 
+    refuse_launcher("chat")
     report: Report = context.obj
     report.quiet = quiet
     params = SamplingParams(
@@ -82,7 +84,7 @@ def chat(
             f"{model} has no chat template; give one with --chat-template FILE, or continue text "
             "with `jaxdecode generate --no-chat`"
         )
-    params = runtime.with_seed(report, params)
+    params = runtime.with_seed(report, loaded, params)
     capacity = context_size
     if capacity is None:
         capacity = min(loaded.model.config.max_positions, _DEFAULT_CONTEXT)

@@ -15,6 +15,7 @@ from jaxdecode.errors import ChatTemplateError, RequestError
 if TYPE_CHECKING:
     from jaxdecode.cli.runtime import Loaded
     from jaxdecode.results import Result, TokenLogprobs
+    from jaxdecode.sampling import SamplingParams
     from jaxdecode.tokenizer import Tokenizer
 
 Prompt = Annotated[
@@ -96,6 +97,11 @@ def generate(
     attn: options.Attn = "auto",
     device: options.Device = "auto",
     mesh: options.Mesh = None,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
+    join_timeout: options.JoinTimeout = 300,
+    heartbeat_timeout: options.HeartbeatTimeout = 100,
     no_compilation_cache: options.NoCompilationCache = False,
     stream: Stream = True,
     logprobs: Logprobs = None,
@@ -104,7 +110,7 @@ def generate(
     verbose: options.Verbose = False,
 ) -> None:
     """Write the text that follows a prompt."""
-    from jaxdecode.cli import runtime
+    from jaxdecode.cli import runtime, together
     from jaxdecode.sampling import SamplingParams
 
     report: Report = context.obj
@@ -115,20 +121,36 @@ def generate(
         seed=seed, logprobs=logprobs,
     )  # fmt: skip
     text = read_prompt(prompt, prompt_file)
+    together.join_processes(
+        report, coordinator, num_processes, process_id, join_timeout, heartbeat_timeout
+    )
     loaded = runtime.load_model(
         report, model, dtype=dtype, attn=attn, device=device, mesh=mesh, context=context_size,
         compilation_cache=not no_compilation_cache, chat_template=chat_template,
     )  # fmt: skip
-    params = runtime.with_seed(report, params)
-    tokens = runtime.encode(loaded, what_to_encode(loaded.tokenizer, text, system, chat))
+    request = what_to_encode(loaded.tokenizer, text, system, chat)
+    answer(
+        report, loaded, request, params, context_size, prefill_step_size,
+        live=stream and not as_json, name=model if as_json else None,
+    )  # fmt: skip
+
+
+def answer(
+    report: Report, loaded: Loaded, request: str | list[dict[str, str]], params: SamplingParams,
+    context_size: int | None, prefill_step_size: int, *, live: bool, name: str | None,
+) -> None:  # fmt: skip
+    """Generates and writes: text as it comes (live) or at the end, or JSON that names the model."""
+    from jaxdecode.cli import runtime
+
+    params = runtime.with_seed(report, loaded, params)
+    tokens = runtime.encode(loaded, request)
     cache = runtime.make_cache(report, loaded, context_size, len(tokens), params, prefill_step_size)
-    live = stream and not as_json
     result = runtime.generate_text(
         report, loaded, tokens, params, cache,
         on_text=write_text if live else None, prefill_step_size=prefill_step_size,
     )  # fmt: skip
-    if as_json:
-        write_json(json_answer(report, loaded, model, result))
+    if name is not None:
+        write_json(json_answer(report, loaded, name, result))
     else:
         write_rest(result, live)
         say_logprobs(report, loaded.tokenizer, result)

@@ -15,6 +15,7 @@ DEFAULT_MODEL = "smollm2-135m"
 # Headings of the help.
 PROMPT, CHAT, MODEL = "Prompt", "Chat template", "Model"
 SAMPLING, RUN, OUTPUT = "Sampling", "Device and memory", "Output"
+PROCESSES = "Several processes (found out under Slurm and Open MPI)"
 
 
 def _set_verbose(verbose: bool) -> bool:
@@ -167,6 +168,37 @@ Verbose = Annotated[
         callback=_set_verbose,
         is_eager=True,
         help="Show the traceback of an error.",
+    ),
+]
+
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        rich_help_panel=PROCESSES,
+        help="Where process 0 listens for the others; anybody who reaches that port can interfere.",
+    ),
+]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=PROCESSES, help="How many processes there are."),
+]
+ProcessId = Annotated[
+    int | None,
+    typer.Option(metavar="I", rich_help_panel=PROCESSES, help="Which one this is, from 0."),
+]
+JoinTimeout = Annotated[
+    int,
+    typer.Option(
+        metavar="SECONDS", rich_help_panel=PROCESSES, help="How long to wait for the others."
+    ),
+]
+HeartbeatTimeout = Annotated[
+    int,
+    typer.Option(
+        metavar="SECONDS",
+        rich_help_panel=PROCESSES,
+        help="After how long a silent process counts as dead.",
     ),
 ]
 

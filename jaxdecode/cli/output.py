@@ -39,6 +39,7 @@ class Report:
       prompt_tokens, generated_tokens: of the running generation, so far.
       generating_since: when its first token came (time.monotonic), None before.
       stats: of the last generation, None while one is running.
+      together: whether this is one process of several.
     """
 
     quiet: bool = False
@@ -48,6 +49,7 @@ class Report:
     generated_tokens: int = 0
     generating_since: float | None = None
     stats: Stats | None = None
+    together: bool = False
 
     def start(self, prompt_tokens: int) -> None:
         """A generation begins."""

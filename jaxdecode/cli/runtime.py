@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ from jaxdecode.models.llama import Llama
 from jaxdecode.models.sharding import Sharding, auto_sizes, describe
 from jaxdecode.pallas_kernels import AttentionChoice, explain_attention
 from jaxdecode.plan import Plan, check_fits, explain_exhaustion, plan, plan_model
+from jaxdecode.processes import random_seed
 from jaxdecode.prompts import encode_prompts
 from jaxdecode.results import Result
 from jaxdecode.sampling import SamplingParams
@@ -66,6 +66,8 @@ def load_model(
     Raises:
       DecodeError: one of them cannot be had, or does not fit with a cache of `context` tokens.
     """
+    if report.together and mesh is None:
+        mesh = "auto"
     sizes = None if mesh is None else options.parse_mesh(mesh)
     report.device = select_device(device)
     if compilation_cache:
@@ -151,11 +153,11 @@ def _tokenizer(source: WeightSource, chat_template: Path | None) -> Tokenizer:
     return tokenizer
 
 
-def with_seed(report: Report, params: SamplingParams) -> SamplingParams:
+def with_seed(report: Report, loaded: Loaded, params: SamplingParams) -> SamplingParams:
     """The same with a seed; a random one is said, so that the run can be repeated."""
     if params.seed is not None:
         return params
-    params = dataclasses.replace(params, seed=secrets.randbits(32))
+    params = dataclasses.replace(params, seed=random_seed(loaded.model.sharding))
     if params.temperature > 0:
         report.say(f"seed: {params.seed}")
     return params
@@ -271,7 +273,7 @@ def select_device(name: str) -> jax.Device:
     elif name == "gpu":
         jax.config.update("jax_platforms", None)
     try:
-        return jax.devices("gpu" if name == "gpu" else None)[0]
+        return jax.local_devices(backend="gpu" if name == "gpu" else None)[0]
     except (RuntimeError, AssertionError) as error:
         platforms = jax.config.values["jax_platforms"]
         asked = "--device gpu" if name == "gpu" else f"JAX_PLATFORMS={platforms}"
