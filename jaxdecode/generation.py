@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxdecode.cache_room import filled_lengths, room_for
 from jaxdecode.decode_loop import (
     DecodedTokens,
     DecodeState,
@@ -20,6 +23,7 @@ from jaxdecode.decode_loop import (
 from jaxdecode.errors import NonFiniteLogitsError, RequestError
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
+from jaxdecode.plan import Plan, explain_exhaustion, plan_model
 from jaxdecode.processes import check_same, random_seed
 from jaxdecode.prompts import encode_prompts
 from jaxdecode.results import Chunk, Result, TokenLogprobs
@@ -60,8 +64,14 @@ def generate(
       RequestError: a prompt is empty, has ids outside the vocabulary, or does not fit; the cache is
         not of this model and mesh.
       NonFiniteLogitsError: the model produced NaN or infinity.
+      OutOfMemoryError: the device has no memory left; the message shows what was planned.
     """
-    run = _Run(model, tokenizer, prompts, params or SamplingParams(), cache, implementation)
+    params = params or SamplingParams()
+    with _explained(model, tokenizer, prompts, params, cache):
+        return _finish(_Run(model, tokenizer, prompts, params, cache, implementation))
+
+
+def _finish(run: _Run) -> list[Result]:
     run.prefill()
     while not run.finished:
         run.decode(TOKENS_PER_DISPATCH)
@@ -88,28 +98,47 @@ def stream_generate(
             f"tokens_per_dispatch must be from 1 to {MAX_TOKENS_PER_DISPATCH}, "
             f"found {tokens_per_dispatch}"
         )
-    run = _Run(
-        model, tokenizer, prompt, params or SamplingParams(), cache, implementation,
-        sizes=(tokens_per_dispatch, prefill_step_size),
-    )  # fmt: skip
+    params = params or SamplingParams()
+    explained = partial(_explained, model, tokenizer, prompt, params, cache)
+    with explained():
+        run = _Run(
+            model, tokenizer, prompt, params, cache, implementation,
+            sizes=(tokens_per_dispatch, prefill_step_size),
+        )  # fmt: skip
     if len(run.rows) != 1:
         raise RequestError(f"stream_generate takes one prompt, found {len(run.rows)}; use generate")
     run.check_step_size(prefill_step_size)
-    return _stream(run, tokens_per_dispatch, prefill_step_size, on_prefill)
+    return _stream(run, tokens_per_dispatch, prefill_step_size, on_prefill, explained)
 
 
 def _stream(
-    run: _Run, tokens_per_dispatch: int, prefill_step_size: int, on_prefill: Any
-) -> Iterator[Chunk]:
-    run.prefill(prefill_step_size, on_prefill)
+    run: _Run, tokens_per_dispatch: int, prefill_step_size: int, on_prefill: Any,
+    explained: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Iterator[Chunk]:  # fmt: skip
+    with explained():
+        run.prefill(prefill_step_size, on_prefill)
     while not run.finished:
-        chunks = run.decode(tokens_per_dispatch)
+        with explained():
+            chunks = run.decode(tokens_per_dispatch)
         if run.finished:
             (result,) = run.results()
             chunks[-1] = dataclasses.replace(
                 chunks[-1], finish_reason=result.finish_reason, result=result
             )
         yield from chunks
+
+
+def _explained(
+    model: Llama, tokenizer: Any, prompts: Any, params: SamplingParams, cache: KVCache | None
+) -> contextlib.AbstractContextManager[None]:
+    """Where memory runs out inside, an error shows what this request was planned to take."""
+
+    def planned() -> Plan | None:
+        lengths = list(map(len, encode_prompts(tokenizer, prompts, model.config.vocab_size)))
+        context = max(lengths) + params.max_tokens if cache is None else cache.capacity
+        return plan_model(model, context=context, batch=len(lengths))
+
+    return explain_exhaustion(planned)
 
 
 class _Row:
@@ -150,12 +179,12 @@ class _Run:
         self, model: Llama, tokenizer: Any, prompts: Any, params: SamplingParams,
         cache: KVCache | None, implementation: str | None, *, sizes: tuple[int, ...] = (),
     ):  # fmt: skip
-        filled = [] if cache is None else _filled(model, cache)
+        filled = [] if cache is None else filled_lengths(model, cache)
         encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size, filled)
         stop_ids = _stop_ids(model, tokenizer, params)
         check_same(model.sharding, (encoded, params, stop_ids, implementation, sizes))
         idle = -len(encoded) % model.sharding.data
-        cache = _room_for(model, encoded, idle, params.max_tokens, cache, filled)
+        cache = room_for(model, encoded, idle, params.max_tokens, cache, filled)
         self.seed = random_seed(model.sharding) if params.seed is None else params.seed
         self.rows = [
             _Row(ids, _text_stream(tokenizer, params), frozenset(stop_ids)) for ids in encoded
@@ -270,82 +299,6 @@ class _Run:
             )
             for row in self.rows
         ]
-
-
-def _filled(model: Llama, cache: KVCache) -> list[int]:
-    """Tokens in each row of a given cache, after checking that it is usable and the model's own."""
-    if cache.lengths.is_deleted():
-        raise RequestError(
-            "cache was donated to an earlier call; use the cache in that call's results"
-        )
-    config = model.config
-    expected = (config.num_layers, config.num_kv_heads, config.head_dim)
-    found = (len(cache.keys), *cache.keys[0].shape[2:])
-    if found != expected:
-        raise RequestError(
-            f"cache has (layers, KV heads, head_dim) = {found}, but the model {expected}; "
-            "make it with model.init_cache(batch_size, capacity)"
-        )
-    place, weights = cache.keys[0].sharding, model.embed[...].sharding
-    if model.sharding.mesh is None:
-        fits = cache.num_parts == 1 and place.num_devices == weights.num_devices
-    else:
-        fits = place.is_equivalent_to(model.sharding.named("BSKH"), 4)
-    if not fits:
-        raise RequestError(
-            f"the cache lies on {_shown(place)}, but the model on {_shown(weights)}; "
-            "make it with model.init_cache(batch_size, capacity)"
-        )
-    return model.sharding.fetch(cache.lengths).tolist()
-
-
-def _shown(place: jax.sharding.Sharding) -> str:
-    if not isinstance(place, jax.sharding.NamedSharding):
-        return f"{place.num_devices} device(s) without a mesh"
-    sizes = ", ".join(f"{axis}={size}" for axis, size in place.mesh.shape.items())
-    return f"the mesh {sizes}"
-
-
-def _room_for(
-    model: Llama,
-    prompts: list[list[int]],
-    idle: int,
-    max_tokens: int,
-    cache: KVCache | None,
-    filled: list[int],
-) -> KVCache:
-    """The cache to use, after checking that every prompt and its tokens fit."""
-    rows = len(prompts) + idle
-    if cache is None:
-        needed = max(map(len, prompts)) + max_tokens
-        limit = model.config.max_positions
-        if needed > limit:
-            raise RequestError(
-                f"a prompt of {needed - max_tokens} tokens and max_tokens={max_tokens} exceed the "
-                f"{limit} positions the model was trained for; shorten one of them, or pass "
-                f"cache=model.init_cache({rows}, {needed}) to go beyond"
-            )
-        # Sizes in steps, so that similar requests share a compilation.
-        capacity = 1 << (needed - 1).bit_length() if needed <= 1024 else -(-needed // 1024) * 1024
-        return model.init_cache(rows, capacity)
-    if len(filled) != rows:
-        fill = f", which take {rows} rows on a mesh with data={model.sharding.data}" if idle else ""
-        raise RequestError(
-            f"cache has {len(filled)} rows but there are {len(prompts)} prompts{fill}"
-        )
-    if any(filled[len(prompts) :]):
-        raise RequestError(
-            f"the cache holds tokens in more than {len(prompts)} of its {rows} rows, but there are "
-            f"{len(prompts)} prompts; give one for each row that holds tokens"
-        )
-    for have, prompt in zip(filled, prompts, strict=False):
-        if have + len(prompt) + max_tokens > cache.capacity:
-            raise RequestError(
-                f"the cache holds {have} tokens of its capacity {cache.capacity}; a prompt of "
-                f"{len(prompt)} tokens and max_tokens={max_tokens} do not fit; shorten one of them "
-                f"or make a larger cache with model.init_cache({rows}, capacity)"
-            )
-    return cache
 
 
 def _stop_ids(model: Llama, tokenizer: Any, params: SamplingParams) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 from generation_runs import run_one
 from naive_llama import CONFIG, random_model
 
+from jaxdecode import generation
 from jaxdecode import plan as planning
 from jaxdecode.device_model import DEVICES, DeviceModel
 from jaxdecode.errors import DecodeError, MemoryPlanError, OutOfMemoryError
@@ -193,9 +194,16 @@ def test_arrays_are_let_go_while_the_error_is_kept():
     assert caught.value.__cause__.__traceback__ is not None  # where it was is still known
 
 
-def test_generation_goes_on_after_exhaustion():
+def test_generation_goes_on_after_exhaustion(monkeypatch):
     prompt = [5, 6, 7]
     before = run_one(prompt, max_tokens=4).tokens
-    with pytest.raises(OutOfMemoryError), explain_exhaustion(lambda: None):
-        run_one(prompt, max_tokens=4, cache=random_model().init_cache(1, 2**40))
+
+    def exhausted(*_, **__):
+        exhaust()
+
+    for step in ("prefill", "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, step, exhausted)
+            with pytest.raises(OutOfMemoryError, match="planned: "):
+                run_one(prompt, max_tokens=4)
     assert run_one(prompt, max_tokens=4).tokens == before

@@ -18,6 +18,7 @@ from jaxdecode.errors import CheckpointError, RequestError
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.llama import Llama, param_letters
 from jaxdecode.models.sharding import Sharding, describe, fit_mesh
+from jaxdecode.plan import explain_exhaustion
 
 if TYPE_CHECKING:
     from jaxdecode.tokenizer import Tokenizer
@@ -65,8 +66,8 @@ def load(
         if sharding.whole:
             _say(describe(source.config, sharding))
         tokenizer = source.tokenizer()
-        model = load_model(source, wanted, sharding, on_progress=on_progress)
-        return model, tokenizer
+        with explain_exhaustion(lambda: None):
+            return load_model(source, wanted, sharding, on_progress=on_progress), tokenizer
     finally:
         source.close()
 
