@@ -13,6 +13,7 @@ from bench_rows import ROW
 from cli_runs import MAX_POSITIONS, command, fails, make_model
 
 from jaxdecode import bench, read_bandwidth
+from jaxdecode.cli import bench_model
 from jaxdecode.cli.bench import make_plan
 from jaxdecode.models.config import PRESETS
 from jaxdecode.read_bandwidth import ReadCeiling
@@ -203,3 +204,18 @@ def test_a_chart_without_matplotlib(measuring, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     line = fails(measuring("-d", "5", "--plot", tmp_path / "chart.png"))
     assert "pip install 'jaxdecode[plot]'" in line
+
+
+def test_meshes_that_do_not_fit(cli):
+    options = ["bench", "--preset", "smollm2-135m", "--random", "--device", "cpu"]
+    error = fails(cli(*options, "--mesh", "tensor=2"))
+    assert "axis tensor=2 does not divide num_kv_heads=3" in error
+    error = fails(cli(*options, "--mesh", "data=2", "-b", "3"))
+    assert "a batch of 3 is not divided by the mesh axis data=2" in error
+
+
+def test_what_cannot_fit_is_refused_before_it_is_made(cli, monkeypatch):
+    monkeypatch.setattr(bench_model, "random_model", None)
+    options = ["bench", "--preset", "codellama-34b", "--random", "--device", "cpu"]
+    error = fails(cli(*options, "-d", "100000000"))
+    assert "does not fit into memory: weights 67.5 GB" in error

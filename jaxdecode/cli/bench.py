@@ -15,7 +15,6 @@ from jaxdecode.cli import options
 from jaxdecode.cli.output import (
     Report,
     peak_memory,
-    progress_bars,
     readable_bytes,
     say_warning,
     write_text,
@@ -24,8 +23,6 @@ from jaxdecode.errors import RequestError
 
 if TYPE_CHECKING:
     from jaxdecode.bench import Bench, Row
-    from jaxdecode.models.config import LlamaConfig
-    from jaxdecode.models.llama import Llama
     from jaxdecode.read_bandwidth import ReadCeiling
 
 MEASURE = "What to measure"
@@ -163,6 +160,7 @@ def bench(
     output: Output = None,
     plot: Plot = None,
     device: options.Device = "auto",
+    mesh: options.Mesh = None,
     no_compilation_cache: options.NoCompilationCache = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -171,6 +169,7 @@ def bench(
     from jaxdecode.bench import Bench
     from jaxdecode.bench_output import draw_chart
     from jaxdecode.cli import runtime
+    from jaxdecode.cli.bench_model import make_model
     from jaxdecode.read_bandwidth import measure_read_ceiling
 
     report: Report = context.obj
@@ -178,10 +177,11 @@ def bench(
     plan = make_plan(depth, batch, tokens, prompt_tokens, repetitions, attn, capacity)
     check_model_options(model, preset, random)
     check_files(plan, output, plot)
+    sizes = None if mesh is None else options.parse_mesh(mesh)
     report.device = runtime.select_device(device)
     if not no_compilation_cache:
         runtime.enable_compilation_cache()
-    decoder, names = make_model(report, plan, model, preset, dtype)
+    decoder, names = make_model(report, plan, model, preset, dtype, sizes)
     ceiling = measure_read_ceiling()
     report.say(f"memory: read at {ceiling}")
     name = preset or Path(model).name or model
@@ -270,51 +270,6 @@ def check_files(plan: Plan, output: Path | None, plot: Path | None) -> None:
     for flag, path in (("-o", output), ("--plot", plot)):
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             raise RequestError(f"{flag} {path} cannot be written; choose another file")
-
-
-def make_model(
-    report: Report, plan: Plan, model: str, preset: str | None, dtype: str | None
-) -> tuple[Llama, list[str]]:
-    """The model of -m, or the preset with random weights; and the attention to measure.
-
-    Raises:
-      DecodeError: the model cannot be loaded, or an implementation does not run here.
-    """
-    from jaxdecode.checkpoint import loading
-    from jaxdecode.cli import runtime
-    from jaxdecode.models.config import PRESETS
-    from jaxdecode.models.llama import Llama
-    from jaxdecode.models.random_model import random_model
-
-    if preset is not None:
-        config = PRESETS[preset]
-        names = choose_attention(report, config, dtype or config.dtype, plan.attention)
-        return random_model(config, dtype), names
-    source = runtime.open_model(report, model)
-    try:
-        dtype = dtype or loading.default_dtype(source)
-        names = choose_attention(report, source.config, dtype, plan.attention)
-        with progress_bars(report, "bytes") as on_progress:
-            params = loading.load_params(source, dtype, on_progress=on_progress)
-        return Llama.from_params(source.config, params), names
-    finally:
-        source.close()
-
-
-def choose_attention(
-    report: Report, config: LlamaConfig, dtype: str, names: list[str]
-) -> list[str]:
-    """The names without those that run what an earlier one does; says which runs, and why."""
-    from jaxdecode import bench
-
-    chosen: dict[str, str] = {}
-    kind = report.device.device_kind if report.device else "unknown"
-    report.say(f"device: {kind}; weights: {dtype}")
-    for name in names:
-        choice = bench.choose_attention(config, dtype, name)
-        report.say(f"attention {name}: {choice}")
-        chosen.setdefault(choice.implementation, name)
-    return list(chosen.values())
 
 
 def measure(
