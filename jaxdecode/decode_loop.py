@@ -136,9 +136,8 @@ def decode(
             token[:, None], state.cache, num_tokens=active.astype(jnp.int32), logits="last",
             implementation=implementation, num_splits=num_splits,
         )  # fmt: skip
-        # Each device samples from whole rows; what was made is whole in every process.
+        # Each device samples from whole rows.
         logits = model.sharding.constrain(logits[:, 0], "BD")
-        made = jax.tree.map(lambda x: model.sharding.constrain(x, ""), made)
         state = DecodeState(
             cache=cache,
             logits=jnp.where(active[:, None], logits, state.logits),
@@ -147,7 +146,10 @@ def decode(
         )
         return state, made
 
-    return jax.lax.scan(step, state, None, length=num_steps)
+    state, made = jax.lax.scan(step, state, None, length=num_steps)
+    # Whole in every process, for the host to read.
+    constrain = _merge(static, leaves).sharding.constrain
+    return state, jax.tree.map(lambda x: constrain(x, ""), made)
 
 
 def _merge(static: Any, leaves: list[Array]) -> Llama:
@@ -157,9 +159,9 @@ def _merge(static: Any, leaves: list[Array]) -> Llama:
 
 def _mark(seen: Array, tokens: Array, real: Array) -> Array:
     """seen [B, V] with tokens [B, T] marked where real; the others fall off the end."""
-    B, V = seen.shape
-    rows = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None], tokens.shape)
-    return seen.at[rows, jnp.where(real, tokens, V)].set(True, mode="drop")
+    # By rows, so that devices which hold some of the rows need nothing of the others.
+    mark = jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))
+    return mark(seen, jnp.where(real, tokens, seen.shape[1]))
 
 
 def _describe(logits: Array, token: Array, active: Array, num_logprobs: int) -> DecodedTokens:
