@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
 
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, cache_tree
@@ -340,11 +339,6 @@ def _check_call(
         raise ValueError(
             f"the cache is cut into {parts} parts but the model's mesh wants {wanted}; "
             "make it with model.init_cache"
-        )
-    if model.sharding.mesh and AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        raise ValueError(
-            "a model on a mesh cannot run inside jax.set_mesh of a mesh with Explicit axes; "
-            "run it outside, or make that mesh with axis_types of AxisType.Auto"
         )
     if num_tokens is not None and getattr(num_tokens, "shape", None) != (B,):
         found = getattr(num_tokens, "shape", num_tokens)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdecode.models.config import LlamaConfig
 
@@ -98,6 +98,11 @@ class Sharding:
         """The same array, moved to where these letters put it."""
         if self.mesh is None:
             return x
+        if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+            raise ValueError(
+                "a model on a mesh cannot run inside jax.set_mesh of a mesh with Explicit axes; "
+                "run it outside, or inside jax.set_mesh(model.sharding.mesh)"
+            )
         return lax.with_sharding_constraint(x, self.named(letters))
 
     def place(self, x: np.ndarray, letters: str) -> Array:
