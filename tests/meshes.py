@@ -42,6 +42,11 @@ def make_mesh(
     return Mesh(np.array(devices).reshape(sizes), axes, axis_types=(kind,) * len(axes))
 
 
+def seq_mesh(count: int, kind: AxisType = AxisType.Auto, **sizes: int) -> Mesh:
+    """A mesh with an axis seq of `count` devices behind others of any name."""
+    return make_mesh((*sizes.values(), count), (*sizes, "seq"), kind=kind)
+
+
 @functools.cache
 def sharded_model(config: LlamaConfig, mesh: Mesh) -> Llama:
     """The same weights as `random_model`, each device holding its part."""
