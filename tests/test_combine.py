@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from meshes import collectives
 from reference import DTYPES, reference_attention
 
 from jaxdecode.pallas_kernels.combine import combine_partials
@@ -198,7 +199,7 @@ def test_gradient_equals_that_of_softmax():
     assert_equal(got, jax.grad(plain, (0, 1))(out, lse), atol=3e-6)
 
 
-def over_devices(function, out, lse, axes=("seq",), sizes=(8,), out_spec=None):
+def over_devices(function, out, lse, axes=("seq",), sizes=(8,), out_spec=None, check_vma=True):
     """Runs function(out, lse) on one part per device, axis 0 of both spread over the mesh.
 
     Results are the same everywhere, or spread by `out_spec`."""
@@ -209,8 +210,9 @@ def over_devices(function, out, lse, axes=("seq",), sizes=(8,), out_spec=None):
         return function(out[0], lse[0])
 
     mapped = jax.shard_map(
-        one_part, mesh=mesh, in_specs=(P(axes), P(axes)), out_specs=(out_spec, out_spec)
-    )
+        one_part, mesh=mesh, in_specs=(P(axes), P(axes)), out_specs=(out_spec, out_spec),
+        check_vma=check_vma,
+    )  # fmt: skip
     return jax.jit(mapped)(out, lse)
 
 
@@ -258,3 +260,41 @@ def test_gradient_over_a_mesh_axis():
     )
     assert_equal(got, expected, atol=3e-6)
     assert not any(np.asarray(grad[3]).any() for grad in got)
+
+
+@pytest.mark.parametrize(("axes", "sizes"), [(("seq",), (8,)), (("host", "seq"), (2, 4))])
+def test_a_mesh_is_merged_over_with_one_collective(axes, sizes):
+    out, lse = parts(8)
+    merge = functools.partial(combine_partials, axis_name=axes)
+    lowered = jax.jit(functools.partial(over_devices, merge, axes=axes, sizes=sizes)).lower(
+        out, lse
+    )
+    assert collectives(lowered.compile().as_text()) == [("all-gather", out.size + lse.size)]
+
+    def twice(out, lse):
+        return merge(*merge(out, lse))
+
+    # Merging what has been merged: the count sees the second one.
+    lowered = jax.jit(functools.partial(over_devices, twice, axes=axes, sizes=sizes)).lower(
+        out, lse
+    )
+    assert len(collectives(lowered.compile().as_text())) == 2
+
+
+def test_the_order_of_axes_and_unchecked_types_change_nothing():
+    out, lse = parts(8)
+    expected = combine_partials(out, lse)
+    for axis_name, checked in ((("seq", "host"), True), (("host", "seq"), False)):
+        merge = functools.partial(combine_partials, axis_name=axis_name)
+        got = over_devices(merge, out, lse, ("host", "seq"), (2, 4), check_vma=checked)
+        assert_equal(got, expected)
+
+
+def test_parts_of_16_bits_are_merged_in_float32_over_a_mesh():
+    """The weights of eight equal parts, and their sum, would be rounded in bfloat16."""
+    out, _ = parts(8, dtype=DTYPES["bfloat16"])
+    lse = np.full(out.shape[:-1], 300.123, np.float32)
+    merged, total = over_devices(functools.partial(combine_partials, axis_name="seq"), out, lse)
+    expected, expected_lse = merge64(out, lse)
+    np.testing.assert_array_equal(merged, expected.astype(DTYPES["bfloat16"]))
+    np.testing.assert_allclose(total, expected_lse, rtol=1e-6)

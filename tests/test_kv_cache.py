@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
+from meshes import dealt, make_mesh
 from naive_llama import CONFIG, random_model
 
 from jaxdecode.models.kv_cache import BLOCK, KVCache, round_up_capacity
+from jaxdecode.models.sharding import fit, fit_mesh
+from jaxdecode.pallas_kernels import Part
 
 B, S, T = 3, 128, 4
 K, H = CONFIG.num_kv_heads, CONFIG.head_dim
@@ -43,7 +46,7 @@ def expected(old, new, lengths, num_tokens):
     out = np.array(old)
     for b in range(B):
         for t in range(num_tokens[b]):
-            if lengths[b] + t < S:
+            if lengths[b] + t < out.shape[1]:
                 out[b, lengths[b] + t] = new[b, t]
     return out
 
@@ -263,3 +266,97 @@ def test_a_donated_cache_is_gone():
     after = donated(cache)
     assert cache.keys[0].is_deleted()
     assert after.keys[0].unsafe_buffer_pointer() == pointer
+
+
+# Several parts
+def hands(whole: np.ndarray, count: int) -> list[np.ndarray]:
+    """What each of `count` devices holds of [B, S, ...]."""
+    return np.split(dealt(whole, count, BLOCK), count, axis=1)
+
+
+@jax.jit
+def append_to_part(cache: KVCache, k, v, num_tokens, part) -> KVCache:
+    return cache.append(0, k, v, num_tokens, part)
+
+
+def check_append_by_part(count, lengths, num_tokens, width=T):
+    """Each device, given all new tokens, writes those that are its own and nothing else."""
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, B, width, K, H)).astype(np.float32)
+    old = rng.standard_normal((B, 2 * count * BLOCK, K, H)).astype(np.float32)
+    wanted = [hands(expected(old, new, lengths, num_tokens), count) for new in (k, v)]
+    for part, mine in enumerate(hands(old, count)):
+        cache = KVCache((jnp.asarray(mine),), (jnp.asarray(mine),), jnp.asarray(lengths), count)
+        assert cache.capacity == 2 * BLOCK
+        after = append_to_part(cache, k, v, jnp.asarray(num_tokens), part)
+        np.testing.assert_array_equal(after.keys[0], wanted[0][part])
+        np.testing.assert_array_equal(after.values[0], wanted[1][part])
+
+
+NEAR_BORDERS = st.integers(0, 7).flatmap(
+    lambda block: st.integers(max(0, block * BLOCK - T - 1), block * BLOCK + 2)
+)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([2, 3]),
+    st.lists(NEAR_BORDERS, min_size=B, max_size=B),
+    st.lists(st.integers(0, T), min_size=B, max_size=B),
+)
+def test_each_part_writes_its_own_tokens(count, lengths, num_tokens):
+    check_append_by_part(count, np.int32(lengths), np.int32(num_tokens))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_one_append_over_many_parts(count):
+    """The last row fills its cache from empty and runs past it."""
+    lengths, num_tokens = np.int32([100, 255, 0]), np.int32([700, 1, 300 * count])
+    check_append_by_part(count, lengths, num_tokens, width=1200)
+
+
+def test_the_check_by_part_sees_another_way_of_dealing(monkeypatch):
+    monkeypatch.setattr(KVCache, "part", lambda cache, index: Part(index, cache.num_parts, 64))
+    # A width of its own, or another test's compiled append would run.
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        check_append_by_part(2, np.int32([126, 64, 0]), np.int32([3, 4, 0]), width=5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "parts", "slots"),
+    [(1, 8, 1024), (1024, 8, 1024), (1025, 8, 2048), (300, 2, 512), (300, 3, 384)],
+)
+def test_every_part_has_whole_blocks(asked, parts, slots):
+    assert round_up_capacity(asked, parts) == slots
+    assert slots % (parts * BLOCK) == 0
+
+
+def test_a_cache_on_a_mesh_lies_in_its_parts():
+    sharding = fit_mesh(CONFIG, make_mesh((2, 2, 2)))
+    cache = KVCache.create(CONFIG, 4, 300, "bfloat16", sharding)
+    assert (cache.batch_size, cache.capacity, cache.num_parts) == (4, 512, 2)
+    for x in cache.keys + cache.values:
+        assert x.sharding.is_equivalent_to(sharding.named("BSKH"), x.ndim)
+    assert {x.addressable_data(0).shape for x in cache.keys} == {(2, 256, K // 2, H)}
+    assert not any(np.asarray(x.astype("float32")).any() for x in cache.keys + cache.values)
+    cache = cache.advance(jnp.array([512, 513, 7, 0], jnp.int32))
+    assert np.asarray(cache.overflowed).tolist() == [False, True, False, False]
+    assert np.asarray(cache.truncate(300).lengths).tolist() == [300, 300, 7, 0]
+
+
+def test_the_number_of_parts_belongs_to_the_type():
+    one, two = (KVCache.create(CONFIG, 1, 128, "float32", fit(CONFIG, {"seq": n})) for n in (1, 2))
+    assert (one.num_parts, two.num_parts) == (1, 2)
+    assert jax.tree.structure(one) != jax.tree.structure(two)
+    again = jax.tree.map(lambda x: x, two)
+    assert again.num_parts == 2
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(1, 4), (6, 8)])
+def test_a_batch_that_does_not_divide_is_refused(batch_size, rows):
+    message = (
+        f"batch_size={batch_size} must be a multiple of data=4 in the mesh; make {rows} rows, of "
+        "which some idle"
+    )
+    with pytest.raises(ValueError, match=message):
+        KVCache.create(CONFIG, batch_size, 128, "float32", fit(CONFIG, {"data": 4}))
