@@ -35,8 +35,8 @@ def run_example(code: str, tmp_path, **environment: str):
     return done.stdout
 
 
-def test_there_are_five_examples(readme):
-    assert len(examples(readme)) == 5
+def test_there_are_six_examples(readme):
+    assert len(examples(readme)) == 6
 
 
 @pytest.mark.slow
@@ -59,6 +59,11 @@ def test_the_example_over_several_devices(readme, tmp_path):
     make_model(tmp_path / "path/to/llama")
     printed = run_example(examples(readme)[4], tmp_path, JAX_NUM_CPU_DEVICES="4")
     assert printed.strip().isalpha()
+
+
+@pytest.mark.parametrize("devices", ["1", "4"])
+def test_attention_over_several_devices(readme, tmp_path, devices):
+    run_example(examples(readme)[5], tmp_path, JAX_NUM_CPU_DEVICES=devices)
 
 
 def test_a_broken_example_is_noticed(tmp_path):
