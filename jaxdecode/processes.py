@@ -62,10 +62,12 @@ def find_member(
     Raises:
       RequestError: the arguments are incomplete or contradict each other.
     """
-    if coordinator is not None and not re.fullmatch(r"\S+:[1-9][0-9]{0,4}", coordinator):
-        raise RequestError(
-            f"coordinator must be HOST:PORT of process 0, found {coordinator!r:.100}"
-        )
+    if coordinator is not None:
+        found = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator)
+        if found is None or not 1 <= int(found[1]) <= 65535:
+            raise RequestError(
+                f"coordinator must be HOST:PORT of process 0, found {coordinator!r:.100}"
+            )
     # Whoever names devices in JAX's own variable gets those.
     whole_host = "JAX_LOCAL_DEVICE_IDS" not in environ
     if num_processes is None and process_id is None:

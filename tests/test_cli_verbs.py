@@ -44,10 +44,10 @@ def test_device_gpu_without_one(ask):
 
 
 def test_device_error_passes_on_what_jax_says(monkeypatch):
-    def refuse(_):
+    def refuse(**_):
         raise RuntimeError("CUDA driver too old")
 
-    monkeypatch.setattr(jax, "devices", refuse)
+    monkeypatch.setattr(jax, "local_devices", refuse)
     with pytest.raises(DeviceError, match="CUDA driver too old; install the plugin"):
         runtime.select_device("auto")
 

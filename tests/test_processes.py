@@ -20,7 +20,7 @@ from cli_runs import command, fails, make_model, start
 
 import jaxdecode as jd
 from jaxdecode.checkpoint.hf_directory import HfDirectory
-from jaxdecode.errors import RequestError
+from jaxdecode.errors import DeviceError, RequestError
 from jaxdecode.processes import Member, find_member, join
 
 # For slow machines; nothing here waits that long unless it has failed.
@@ -265,6 +265,7 @@ def test_one_that_never_comes(generating):
 ARGUMENTS = {
     "no port": {"coordinator": "host", "num_processes": 2, "process_id": 0},
     "port 0": {"coordinator": "host:0", "num_processes": 2, "process_id": 0},
+    "port too large": {"coordinator": "host:65536", "num_processes": 2, "process_id": 0},
     "coordinator alone": {"coordinator": "host:1"},
     "no coordinator": {"num_processes": 2, "process_id": 0},
     "no process_id": {"coordinator": "host:1", "num_processes": 2},
@@ -315,6 +316,13 @@ def test_launcher_without_an_address():
 def test_timeouts_out_of_range(timeouts):
     with pytest.raises(RequestError, match="must be from 1 to 3600 s, found"):
         join(Member(2, 0, "127.0.0.1:1", True), timeout=timeouts[0], heartbeat_timeout=timeouts[1])
+
+
+def test_joining_too_late():
+    jax.devices()
+    message = "cannot join the other processes: jax.distributed.initialize.. must be called before"
+    with pytest.raises(DeviceError, match=message):
+        join(Member(2, 1, "127.0.0.1:1", True))
 
 
 def test_chat_refuses_several_processes(capsys, monkeypatch):
