@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxdecode.pallas_kernels.kernel_call import differentiable
-from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
+from jaxdecode.pallas_kernels.split_config import (
+    NUM_SMS,
+    SplitConfig,
+    choose_num_splits,
+    split_config,
+)
+from jaxdecode.pallas_kernels.split_plan import SplitPlan, make_plan
 from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
@@ -22,6 +28,8 @@ DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 # Those whose results and speed were measured on a GPU: the door chooses the kernels for them.
 MEASURED_HEAD_DIMS = (128,)
+# Whether batches are cut by a plan of equal work: once it is verified and timed on a GPU.
+PLAN_BATCHES = False
 
 
 def why_not(q: Any, k: Any) -> str | None:
@@ -72,24 +80,42 @@ def attend(
     Arguments and results are those of `xla.attend`, and:
 
     Args:
-      num_splits: chunks per sequence; None for about one per multiprocessor in all.
+      num_splits: equal chunks per sequence; None for about one per multiprocessor in all or, with
+        PLAN_BATCHES, for equal work per multiprocessor whatever the lengths.
       out_dtype: of the result.
     """
-    if num_splits is None:
-        num_splits = choose_num_splits(q.shape, k.shape)
-    forward = functools.partial(_forward, num_splits=num_splits)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    return differentiable(forward, q, k, v, lo, hi, sinks, scale, softcap, out_dtype)
-
-
-# One jit for the module, so that equal calls, such as a model's layers, share one lowering.
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "num_splits", "out_dtype"))
-def _forward(q, k, v, lo, hi, sinks, *, scale, softcap, num_splits, out_dtype):
-    from jaxdecode.pallas_kernels.combine_kernel import combine_splits
-    from jaxdecode.pallas_kernels.flash_decode_kernel import split_attention
-
+    # One sequence needs no plan: equal chunks of it are equal work.
+    if num_splits is None and not (PLAN_BATCHES and q.shape[0] > 1):
+        num_splits = choose_num_splits(q.shape, k.shape)
     config = split_config(q.shape, k.shape, num_splits, scale, softcap)
-    partials = split_attention(q, k, v, lo, hi, config)
-    results = combine_splits(*partials, sinks, q.shape, out_dtype, config)
+    plan = _plan(lo, hi, k.shape, config) if num_splits is None else None
+    forward = functools.partial(_forward, config=config)
+    return differentiable(
+        forward, (q, k, v, lo, hi, sinks, plan), scale, softcap, jnp.dtype(out_dtype)
+    )
+
+
+def _plan(lo: Array, hi: Array, k_shape: tuple[int, ...], config: SplitConfig) -> SplitPlan:
+    B, S, K, _ = k_shape
+    heads = K * config.row_blocks
+    tiles = B * heads * -(-S // config.block_kv)
+    return make_plan(lo, hi, block_kv=config.block_kv, heads=heads, num_blocks=min(NUM_SMS, tiles))
+
+
+# One jit for the module, so that equal calls, such as a model's layers, share one lowering. The
+# plan comes from outside of it, or each call would make its own.
+@functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
+def _forward(q, k, v, lo, hi, sinks, plan, *, config, out_dtype):
+    from jaxdecode.pallas_kernels import combine_kernel, flash_decode_kernel
+
+    if plan is None:
+        partials = flash_decode_kernel.split_attention(q, k, v, lo, hi, config)
+        results = combine_kernel.combine_splits(*partials, sinks, q.shape, out_dtype, config)
+    else:
+        partials = flash_decode_kernel.planned_attention(q, k, v, lo, hi, plan, config)
+        results = combine_kernel.combine_planned(
+            *partials, plan.spans, sinks, q.shape, out_dtype, config
+        )
     # Inside shard_map a kernel's results would count as equal on all devices.
     return vary_alike(*results, q, k, v, lo, hi)[:2]

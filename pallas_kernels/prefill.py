@@ -58,7 +58,8 @@ def attend(
     reaches all queries of a block as soon as one of them sees it.
     """
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    return differentiable(_forward, q, k, v, lo, hi, sinks, scale, softcap, out_dtype)
+    forward = functools.partial(_forward, scale=scale, softcap=softcap)
+    return differentiable(forward, (q, k, v, lo, hi, sinks), scale, softcap, out_dtype)
 
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.

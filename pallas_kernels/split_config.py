@@ -24,7 +24,7 @@ class SplitConfig:
     """Static sizes of the split kernel.
 
     Attributes:
-      num_splits: C, chunks per sequence and KV head.
+      num_splits: C, chunks per sequence and KV head; None where a plan says how many.
       head_dim: H.
       block_kv: keys per tile, a multiple of 64.
       stages: K/V tiles in flight.
@@ -33,7 +33,7 @@ class SplitConfig:
       scale: of the logits. softcap: None for none.
     """
 
-    num_splits: int
+    num_splits: int | None
     head_dim: int
     block_kv: int
     stages: int
@@ -74,7 +74,7 @@ class SplitConfig:
 
 
 def split_config(
-    q_shape: Shape, k_shape: Shape, num_splits: int, scale: float, softcap: float | None
+    q_shape: Shape, k_shape: Shape, num_splits: int | None, scale: float, softcap: float | None
 ) -> SplitConfig:
     """The sizes of the kernels for these shapes: the tuning table."""
     block_t, block_g, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)

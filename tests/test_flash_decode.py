@@ -16,7 +16,14 @@ from jax.sharding import PartitionSpec as P
 from kernel_runs import interpreted
 from reference import assert_close, low_precision_attention, reference_attention
 
-from jaxdecode.pallas_kernels import decode_attention, explain_attention, flash_decode, xla
+from jaxdecode.pallas_kernels import (
+    combine_partials,
+    decode_attention,
+    explain_attention,
+    flash_decode,
+    xla,
+)
+from jaxdecode.pallas_kernels.combine_kernel import combine_planned
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
 
@@ -67,11 +74,52 @@ def check(shape, options, num_splits, dtype=jnp.bfloat16, H=128):
     assert_close(np.asarray(out), ref, low, q.dtype, lse=np.asarray(lse), ref_lse=ref_lse)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(autouse=True)
+def plan_batches(monkeypatch):
+    """Without num_splits a batch is cut by plan, as it will be once that is measured."""
+    monkeypatch.setattr(flash_decode, "PLAN_BATCHES", True)
+
+
+@pytest.fixture
+def few_blocks(monkeypatch):
+    """Plans for three multiprocessors, so that each goes through several chunks."""
+    monkeypatch.setattr(flash_decode, "NUM_SMS", 3)
+
+
+@pytest.mark.parametrize(("name", "num_splits"), [("grouped", 1), *((name, 3) for name in CASES)])
 def test_interpreted_against_the_reference(interpreter, name, num_splits):
     *shape, options = CASES[name]
     check(shape, options, num_splits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "H", "options"),
+    [
+        ((4, 1, 384, 4, 2), 128, {}),
+        ((3, 3, 256, 4, 2), 128, {"sinks": True, "softcap": 30.0, "window": 70}),
+        ((2, 2, 128, 40, 1), 128, {"scale": 0.2}),
+        ((3, 1, 128, 3, 1), 80, {"sinks": True}),
+        ((2, 2, 192, 2, 1), 256, {}),
+    ],
+    ids=["long", "options", "row blocks", "head_dim 80", "head_dim 256"],
+)
+def test_interpreted_by_plan(interpreter, few_blocks, shape, H, options):
+    check(shape, options, None, H=H)
+
+
+def test_interpreted_merge_of_many_chunks(interpreter):
+    """More chunks than are loaded together, of which the largest logits come late."""
+    rng = np.random.default_rng(0)
+    out, lse = rng.normal(size=(40, 8, 128)), rng.normal(size=(40, 8)) + np.arange(40)[:, None]
+    out, lse = (jnp.asarray(x, jnp.float32) for x in (out, lse))
+    spans = jnp.array([[[0, 37]], [[37, 0]], [[38, 1]]])
+    config = split_config((3, 1, 2, 128), (3, 8192, 1, 128), None, 0.1, None)
+    merged, merged_lse = combine_planned(out, lse, spans, None, (3, 1, 2, 128), out.dtype, config)
+    for row, chunks in enumerate((slice(0, 37), slice(37, 37), slice(38, 39))):
+        parts = out[chunks, :2], lse[chunks, :2] / np.log2(np.e)
+        expected, expected_lse = combine_partials(*parts) if len(parts[0]) else (0.0, -np.inf)
+        np.testing.assert_allclose(merged[row, 0], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(merged_lse[row, 0], expected_lse, rtol=1e-6)
 
 
 def test_the_check_notices_a_lost_chunk(interpreter):
@@ -98,41 +146,46 @@ OTHER_HEAD_DIMS = [H for H in flash_decode.HEAD_DIMS if H not in flash_decode.ME
 
 @pytest.mark.parametrize("H", OTHER_HEAD_DIMS)
 def test_interpreted_head_dims(interpreter, H):
-    check((2, 3, 128, 6, 2), {"sinks": True, "window": 70}, 2, H=H)
+    check((1, 3, 128, 3, 1), {"sinks": True, "window": 70}, 2, H=H)
 
 
-def test_gradient_is_that_of_the_portable_implementation(interpreter):
-    q, k, v, _ = inputs(1, 2, 128, 4, 2)
+def test_gradient_is_that_of_the_portable_implementation(interpreter, few_blocks):
+    q, k, v, _ = inputs(2, 1, 128, 4, 2)
     k, v = jnp.nan_to_num(k), jnp.nan_to_num(v)
-    lo, hi = visible_ranges(jnp.array([100]), 2, 128)
+    lo, hi = visible_ranges(jnp.array([100, 40]), 1, 128)
     sinks = jnp.array([0.1, -0.3, 0.5, 1.0])
 
     def loss(implementation, q, k, v, sinks):
         out, lse = implementation(q, k, v, lo, hi, scale=0.1, sinks=sinks)
         return jnp.sum(jnp.sin(out)) + jnp.sum(lse**2)
 
-    split = functools.partial(flash_decode.attend, num_splits=2)
-    arguments = (0, 1, 2, 3)
-    found = jax.grad(functools.partial(loss, split), arguments)(q, k, v, sinks)
-    expected = jax.grad(functools.partial(loss, xla.attend), arguments)(q, k, v, sinks)
+    gradient = functools.partial(jax.grad(loss, argnums=(1, 2, 3, 4)))
+    found = gradient(flash_decode.attend, q, k, v, sinks)
+    expected = gradient(xla.attend, q, k, v, sinks)
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(
             np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=0.05, atol=0.02
         )
+    in_equal_chunks = functools.partial(flash_decode.attend, num_splits=2)
+    shapes = jax.eval_shape(functools.partial(gradient, in_equal_chunks), q, k, v, sinks)
+    assert [x.shape for x in shapes] == [x.shape for x in expected]
 
 
-def test_vmap_is_a_loop(interpreter):
-    q, k, v, kv_len = inputs(2, 1, 128, 2, 1)
-    call = functools.partial(attend, num_splits=2)
-    rows = jax.vmap(lambda *x: call(*x)[0])(*(x[:, None] for x in (q, k, v, jnp.asarray(kv_len))))
-    np.testing.assert_array_equal(rows[:, 0], call(q, k, v, kv_len)[0])
+@pytest.mark.parametrize("num_splits", [2, None])
+def test_vmap_is_a_loop(interpreter, few_blocks, num_splits):
+    pairs = [x.reshape(2, 2, *x.shape[1:]) for x in map(jnp.asarray, inputs(4, 1, 128, 2, 1))]
+    call = functools.partial(attend, num_splits=num_splits)
+    together = jax.vmap(lambda *x: call(*x)[0])(*pairs)
+    for i in range(2):
+        np.testing.assert_array_equal(together[i], call(*(x[i] for x in pairs))[0])
 
 
-def test_inside_shard_map_results_vary_as_their_operands():
+@pytest.mark.parametrize("num_splits", [1, None])
+def test_inside_shard_map_results_vary_as_their_operands(num_splits):
     """Or else out_specs=P() would pass with other data on each device."""
-    q, k, v, kv_len = (jnp.asarray(x) for x in inputs(2, 1, 128, 2, 1))
+    q, k, v, kv_len = (jnp.asarray(x) for x in inputs(4, 1, 128, 2, 1))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    call = functools.partial(attend, num_splits=1)
+    call = functools.partial(attend, num_splits=num_splits)
     sharded = jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     traced = jax.jit(sharded).trace(q, k, v, kv_len)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -155,8 +208,8 @@ def lowered(shape, H, dtype):
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 1, 65536, 16, 2), (1, 1, 512, 64, 8), (8, 1, 8192, 32, 32), (2, 1, 4096, 9, 3),
-        (2, 1, 64, 8, 8), (1, 1, 72, 8, 1), (1, 2048, 4096, 8, 2),
+        (1, 1, 65536, 16, 2), (1, 1, 512, 64, 8), (8, 1, 8192, 32, 32), (2, 1, 64, 8, 8),
+        (1, 1, 72, 8, 1), (1, 2048, 4096, 8, 2),
     ],
     ids=str,
 )  # fmt: skip
@@ -166,12 +219,12 @@ def test_lowers_for_cuda(shape, dtype):
 
 @pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
 @pytest.mark.parametrize(
-    ("T", "N", "K"),
-    [(1, 8, 8), (1, 16, 2), (3, 9, 3), (5, 28, 4), (3, 71, 1), (16, 64, 8)],
+    "shape",
+    [(2, 1, 512, 16, 2), (1, 3, 512, 9, 3), (2, 5, 1024, 28, 4), (1, 16, 512, 71, 1)],
     ids=str,
 )
-def test_every_head_dim_lowers_for_cuda(T, N, K, H):
-    assert "custom_call @mosaic_gpu" in lowered((1, T, 512, N, K), H, jnp.bfloat16)
+def test_every_head_dim_lowers_for_cuda(shape, H):
+    assert lowered(shape, H, jnp.bfloat16).count("custom_call @mosaic_gpu") == 2
 
 
 @pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
@@ -184,10 +237,11 @@ def test_shared_memory_is_enough(H):
         assert config.block_g * config.row_blocks_g >= G
 
 
-def test_equal_layers_share_one_lowering():
-    q = jax.ShapeDtypeStruct((1, 1, 16, 128), jnp.bfloat16)
-    kv = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
-    ranges = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+@pytest.mark.parametrize("B", [1, 2])
+def test_equal_layers_share_one_lowering(B):
+    q = jax.ShapeDtypeStruct((B, 1, 16, 128), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((B, 1024, 2, 128), jnp.bfloat16)
+    ranges = jax.ShapeDtypeStruct((B, 1), jnp.int32)
 
     def layers(q, k, v, lo, hi):
         for _ in range(8):

@@ -1,0 +1,123 @@
+"""Equal work for every thread block, whatever the lengths of a batch's sequences.
+
+An item is a row block of a KV head of a sequence. Put end to end, the K/V tiles of all items make
+one line, which is cut into equal ranges, one for each multiprocessor, as Stream-K cuts a matrix
+product (arXiv 2301.03598). A thread block goes through the items in its range; what it holds of one
+of them is a chunk. So all blocks have equally many tiles, and there are fewer cuts than blocks. The
+plan follows from the visible ranges alone: XLA computes it once for all layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class SplitPlan(NamedTuple):
+    """Which block attends to what, for B sequences of `heads` items each. All int32.
+
+    Attributes:
+      blocks: [num_blocks, 3], a block's first chunk, how many it has, and their tiles together.
+      chunks: [num_blocks + B * heads - 1, 5], a chunk's sequence; its item there; and base, begin,
+        end: it holds the tiles base + i of its sequence for begin <= i < end, where i counts the
+        tiles of its block. Only the chunks that a block has mean anything.
+      spans: [B, heads, 2], an item's first chunk, and how many it has: none if nothing is visible.
+    """
+
+    blocks: Array
+    chunks: Array
+    spans: Array
+
+
+class _Line(NamedTuple):
+    """Where the sequences [B] lie in the line of tiles, and the length of a block's range.
+
+    Items of sequences without tiles have no place in the line and no number.
+    """
+
+    first_tile: Array
+    tiles: Array
+    start: Array
+    stop: Array
+    items: Array  # of this sequence and those before it
+    size: Array
+
+
+@functools.partial(jax.jit, static_argnames=("block_kv", "heads", "num_blocks"), inline=True)
+def make_plan(lo: Array, hi: Array, *, block_kv: int, heads: int, num_blocks: int) -> SplitPlan:
+    """Divides the tiles of `block_kv` slots that any query of their sequence sees.
+
+    Args:
+      lo, hi: [B, T] int32, slots lo <= s < hi are visible.
+      heads: items per sequence, its KV heads times their row blocks.
+    """
+    first_tile = lo.min(axis=1) // block_kv
+    tiles = jnp.maximum(-(-hi.max(axis=1) // block_kv) - first_tile, 0)
+    stop = _running_sum(tiles) * heads
+    items = _running_sum(jnp.where(tiles > 0, 1, 0)) * heads
+    size = jnp.maximum(-(-stop[-1] // num_blocks), 1)
+    line = _Line(first_tile, tiles, stop - tiles * heads, stop, items, size)
+    blocks = _blocks(line, heads, num_blocks)
+    return SplitPlan(blocks, _chunks(line, blocks[:, 0], heads), _spans(line, heads))
+
+
+def _blocks(line, heads, num_blocks):
+    def item_at(place):
+        b = _sequence_at(line.stop, place)
+        return line.items[b] - heads + (place - line.start[b]) // jnp.maximum(line.tiles[b], 1)
+
+    block = jnp.arange(num_blocks, dtype=jnp.int32)
+    begin = block * line.size
+    end = jnp.minimum(begin + line.size, line.stop[-1])
+    first_item, busy = item_at(begin), begin < end
+    # A chunk begins with its block or with its item, so their numbers add up to its own.
+    first_chunk = jnp.where(busy, block + first_item, num_blocks + line.items[-1])
+    count = jnp.where(busy, item_at(end - 1) - first_item + 1, 0)
+    return jnp.stack([first_chunk, count, jnp.maximum(end - begin, 0)], axis=1)
+
+
+def _chunks(line, first_chunk, heads):
+    most = len(first_chunk) + len(line.tiles) * heads - 1
+    chunk = jnp.arange(most, dtype=jnp.int32)
+    block = jnp.maximum(_up_to(first_chunk, chunk) - 1, 0)
+    item = chunk - block
+    b = _sequence_at(line.items, item)
+    head = item % heads
+    block_start, item_start = block * line.size, line.start[b] + head * line.tiles[b]
+    begin = jnp.maximum(item_start - block_start, 0)
+    end = jnp.minimum(item_start + line.tiles[b] - block_start, line.size)
+    base = line.first_tile[b] + block_start - item_start
+    return jnp.stack([b, head, base, begin, end], axis=1)
+
+
+def _spans(line, heads):
+    head = jnp.arange(heads, dtype=jnp.int32)[None, :]
+    tiles = line.tiles[:, None]
+    item_start = line.start[:, None] + head * tiles
+    first_block = item_start // line.size
+    last_block = (item_start + tiles - 1) // line.size
+    first_chunk = first_block + line.items[:, None] - heads + head
+    count = jnp.where(tiles > 0, last_block - first_block + 1, 0)
+    return jnp.stack([first_chunk, count], axis=-1)
+
+
+def _running_sum(x):
+    """[B] int32, each the sum up to and with its place: one sum, where a scan is many steps."""
+    b = jnp.arange(len(x), dtype=jnp.int32)
+    return jnp.where(b[None, :] <= b[:, None], x[None, :], 0).sum(axis=1, dtype=jnp.int32)
+
+
+def _sequence_at(stops, place):
+    """The sequence b that holds a place, where each ends before `stops[b]`; past all, the last."""
+    return jnp.minimum(_up_to(stops, place), len(stops) - 1)
+
+
+def _up_to(ascending, value):
+    """How many elements are at most each value."""
+    found = jnp.searchsorted(ascending, value, side="right", method="compare_all")
+    return found.astype(jnp.int32)
