@@ -325,11 +325,12 @@ def test_joining_too_late():
         join(Member(2, 1, "127.0.0.1:1", True))
 
 
-def test_chat_refuses_several_processes(capsys, monkeypatch):
+@pytest.mark.parametrize("verb", ["chat", "bench"])
+def test_verbs_of_one_process(verb, capsys, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    error = fails(command(capsys, monkeypatch)("chat"))
-    assert error.startswith("error: chat runs in one process, but the launcher started 4; ")
+    error = fails(command(capsys, monkeypatch)(verb))
+    assert error.startswith(f"error: {verb} runs in one process, but the launcher started 4; ")
 
 
 def test_mesh_without_a_device_of_this_process(tiny, monkeypatch):

@@ -170,8 +170,10 @@ def bench(
     from jaxdecode.bench_output import draw_chart
     from jaxdecode.cli import runtime
     from jaxdecode.cli.bench_model import make_model
+    from jaxdecode.cli.together import refuse_launcher
     from jaxdecode.read_bandwidth import measure_read_ceiling
 
+    refuse_launcher("bench")
     report: Report = context.obj
     report.quiet = quiet
     plan = make_plan(depth, batch, tokens, prompt_tokens, repetitions, attn, capacity)
