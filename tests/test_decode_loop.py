@@ -42,10 +42,10 @@ LONG = {"max_tokens": 200, "ignore_eos": True}
 
 
 def test_200_tokens_compile_one_prefill_and_one_decode():
-    """With 200 tokens the cache has 256 slots, which nothing else here has."""
+    """Five sequences with 256 slots each, which no other test has that this process may run."""
     with compilations() as counts:
-        results = run([[1], [2] * 9, [3] * 16], **LONG)
-    assert [len(r.tokens) for r in results] == [200] * 3
+        results = run([[1], [2] * 9, [3] * 16, [4], [5]], **LONG)
+    assert [len(r.tokens) for r in results] == [200] * 5
     assert counts["jit(prefill)"] == 1
     assert counts["jit(decode)"] == 1
     # Other lengths in the same bucket, and every sampling value.
@@ -57,19 +57,20 @@ def test_200_tokens_compile_one_prefill_and_one_decode():
         {"stop_token_ids": (1, 2, 3)},
         {"max_tokens": 190},
     ]
-    run([[4] * 3, [5] * 12, [6] * 2], **LONG | {"seed": 2**40})
+    run([[4] * 3, [5] * 12, [6] * 2, [7], [8]], **LONG | {"seed": 2**40})
     with compilations() as counts:
         for i, params in enumerate(variations):
-            run([[4] * (3 + i), [5] * 12, [6] * 2], **LONG | params)
+            run([[4] * (3 + i), [5] * 12, [6] * 2, [7], [8]], **LONG | params)
     assert counts == {}
 
 
 def test_the_count_rises_with_a_new_batch_size_and_a_new_bucket():
+    others = [[2]] * 10  # eleven sequences, which no other test has
     with compilations() as counts:
-        run([[1], [2]], max_tokens=2)
+        run([[1], *others], max_tokens=2)
     assert counts["jit(prefill)"] == counts["jit(decode)"] == 1
     with compilations() as counts:
-        run([[1] * 17, [2]], max_tokens=2)
+        run([[1] * 17, *others], max_tokens=2)
     assert counts["jit(prefill)"] == 1
     assert counts["jit(decode)"] == 0
 
