@@ -157,7 +157,7 @@ def test_weights_that_no_file_can_hold(tmp_path):
 
 BIG = dataclasses.replace(TINY, vocab_size=2000, embed_dim=512, ffw_dim=2048)
 CHILD = """
-import gc, sys
+import gc, signal, sys
 import jax.numpy as jnp
 import numpy as np
 from pathlib import Path
@@ -166,6 +166,8 @@ from jaxdecode.errors import CheckpointError
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.llama import Llama, param_shapes
 
+# Whoever was started in the background of a shell inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 what, path, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 config = LlamaConfig(
     vocab_size=2000, embed_dim=512, ffw_dim=2048, num_layers=2, num_q_heads=4, num_kv_heads=2,
@@ -247,15 +249,6 @@ def test_killed_while_saving(tmp_path, project_root, what):
     assert interrupted
 
 
-def interrupt(child):
-    """Sends Ctrl-C until it is heeded: modules that are being imported may swallow one."""
-    while child.poll() is None:
-        child.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=20)
-    return child.communicate()
-
-
 def test_interrupted_while_saving(tmp_path, project_root):
     with contextlib.ExitStack() as stack:
         delays = (0.0, 0.02, 0.2)  # a busy machine sleeps longer than it is told to
@@ -266,7 +259,8 @@ def test_interrupted_while_saving(tmp_path, project_root):
         for child, path, delay in zip(children, paths, delays, strict=True):
             tell_to_save(child)
             time.sleep(delay)
-            out, err = interrupt(child)
+            child.send_signal(signal.SIGINT)
+            out, err = child.communicate(timeout=100)
             assert (child.returncode, err) == (0, "")
             assert out.endswith("interrupted\n")
             if path.exists():
