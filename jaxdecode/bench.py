@@ -33,7 +33,7 @@ from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, round_up_capacity
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.random_model import random_array
-from jaxdecode.models.sharding import AXES, Sharding
+from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import IMPLEMENTATIONS, AttentionChoice, explain_attention
 from jaxdecode.sampling import SamplingArrays, SamplingParams
 
@@ -211,7 +211,7 @@ class Bench:
         first, *seconds = seconds
         rate, deviation = mean_and_deviation(batch * tokens, seconds)
         row = Row(
-            model=self.name, mesh=_mesh_name(self.model.sharding),
+            model=self.name, mesh=str(self.model.sharding),
             dtype=self.model.dtype.name, test=test, batch=batch, depth=depth, capacity=capacity,
             implementation=choice.implementation, tokens=tokens,
             repetitions=len(seconds), tok_s=rate, tok_s_std=deviation,
@@ -311,11 +311,6 @@ def filled_cache(model: Llama, lengths: Sequence[int], capacity: int) -> KVCache
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True, static_argnames="place")
 def _randomised(array: Array, stream: Array, place: NamedSharding | None) -> Array:
     return random_array(stream, array.shape, array.dtype, place=place)
-
-
-def _mesh_name(sharding: Sharding) -> str:
-    sizes = {axis: getattr(sharding, axis) for axis in AXES}
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
 def mean_and_deviation(count: int, seconds: Sequence[float]) -> tuple[float | None, float | None]:
