@@ -160,8 +160,7 @@ def choose(
             )
         return AttentionChoice("xla", "asked for", asked_for=True)
     wide = _is_wide(q, num_splits)
-    kernels = prefill if wide else flash_decode
-    obstacle = flash_decode.why_not_here() or kernels.why_not(q, k)
+    obstacle = flash_decode.why_not_here() or flash_decode.why_not(q, k)
     if implementation == "flash_decode" or num_splits is not None:
         if obstacle is not None:
             raise NotImplementedError(

@@ -33,7 +33,7 @@ PLAN_BATCHES = False
 
 
 def why_not(q: Any, k: Any) -> str | None:
-    """Why the kernels cannot serve arrays of these shapes and dtypes; None if they can."""
+    """Why no kernel, split-KV or wide-query, can serve these shapes and dtypes; None if one can."""
     S, H = k.shape[1], q.shape[3]
     if q.dtype not in DTYPES:
         return f"the kernels take {' and '.join(DTYPES)}, not {q.dtype}"

@@ -1,4 +1,4 @@
-"""Wide-query attention on a GPU, host side: what the kernel can do, its sizes, and its call.
+"""Wide-query attention on a GPU, host side: the kernel's sizes and its call.
 
 B batch, T query tokens, S capacity, N query heads, K KV heads, H head_dim.
 """
@@ -20,25 +20,8 @@ if TYPE_CHECKING:
 Array = jax.Array
 Shape = tuple[int, ...]
 
-DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 # Shared memory of a block, less what barriers and alignment take.
 _SHARED_BYTES = 226 * 1024
-
-
-def why_not(q: Any, k: Any) -> str | None:
-    """Why the kernel cannot serve arrays of these shapes and dtypes; None if it can."""
-    S, H = k.shape[1], q.shape[3]
-    if q.dtype not in DTYPES:
-        return f"the wide-query kernel takes {' and '.join(DTYPES)}, not {q.dtype}"
-    if H not in HEAD_DIMS:
-        return f"the wide-query kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {H}"
-    if S % 8 or S < 64:
-        return (
-            "the wide-query kernel needs a capacity that is a multiple of 8 and at least 64, "
-            f"not {S}"
-        )
-    return None
 
 
 def attend(

@@ -279,27 +279,31 @@ def test_number_of_splits_fills_the_multiprocessors():
     assert choose(1, 132, 8192) == 1
 
 
+# dtype, S, H and what is said of them, whether the queries are few or many.
+NOT_SERVED = [
+    (jnp.float32, 128, 64, "bfloat16 and float16, not float32"),
+    (jnp.bfloat16, 128, 72, "head_dim 64, 80, 96, 128, 192, 256, not 72"),
+    (jnp.bfloat16, 124, 64, "a multiple of 8 and at least 64, not 124"),
+    (jnp.bfloat16, 56, 64, "a multiple of 8 and at least 64, not 56"),
+]
+
+
 def test_what_the_kernels_cannot_do_is_said(monkeypatch):
     q, k, v, _ = inputs(1, 1, 128, 2, 1)
     with pytest.raises(NotImplementedError, match="need an NVIDIA Hopper GPU, and JAX runs on cpu"):
         decode_attention(q, k, v, 5, implementation="flash_decode")
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
     assert str(explain_attention(q, k, v, 5)) == "flash_decode: split-KV kernels for this GPU"
-    for x, words in [
-        (q.astype(jnp.float32), "not float32"),
-        (q[..., :72], "head_dim 64, 80, 96, 128, 192, 256, not 72"),
-    ]:
-        y = jnp.zeros((1, 128, 1, x.shape[-1]), x.dtype)
-        choice = explain_attention(x, y, y, 5)
+    for T, (dtype, S, H, words) in itertools.product((1, 17), NOT_SERVED):
+        x, y, _, _ = inputs(1, T, S, 2, 1, dtype, H)
+        choice = explain_attention(x, y, y, 20)
         assert choice.implementation == "xla"
         assert words in choice.reason
         with pytest.raises(NotImplementedError, match=words):
-            decode_attention(x, y, y, 5, implementation="flash_decode")
+            decode_attention(x, y, y, 20, implementation="flash_decode")
     wide = [jnp.concatenate([x, x], axis=-1) for x in (q, k, v)]
     assert "not measured yet at head_dim 256" in explain_attention(*wide, 5).reason
     assert explain_attention(*wide, 5, implementation="flash_decode").reason == "asked for"
-    odd = k[:, :123]
-    assert "multiple of 8" in explain_attention(q, odd, odd, 5).reason
     many = jnp.zeros((1, 17, 2, 128), q.dtype)
     assert "17 query tokens are prefill" in explain_attention(many, k, v, 20).reason
 

@@ -180,7 +180,7 @@ def lowered_for_cuda(call, B, T, S, N, K, H, dtype=jnp.bfloat16):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("H", prefill.HEAD_DIMS)
+@pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
 @pytest.mark.parametrize(
     ("shape", "dtype", "out_dtype"),
     [
@@ -266,17 +266,3 @@ def test_the_door_would_choose_it_by_itself(monkeypatch):
     q, k, v, _ = inputs(1, 17, 128, 2, 1)
     choice = explain_attention(q, k, v, 20)
     assert str(choice) == "flash_decode: wide-query kernel for this GPU"
-
-
-def test_what_the_kernel_cannot_do_is_said(monkeypatch):
-    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
-    for dtype, S, H, words in [
-        (jnp.float32, 128, 64, "not float32"),
-        (jnp.bfloat16, 128, 72, "not 72"),
-        (jnp.bfloat16, 124, 64, "not 124"),
-        (jnp.bfloat16, 56, 64, "not 56"),
-    ]:
-        q, k, v, _ = inputs(1, 17, S, 2, 1, H, dtype)
-        with pytest.raises(NotImplementedError, match=f"wide-query kernel .*{words}"):
-            decode_attention(q, k, v, 20, implementation="flash_decode")
-        assert explain_attention(q, k, v, 20).implementation == "xla"

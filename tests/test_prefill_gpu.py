@@ -14,7 +14,7 @@ import pytest
 from reference import assert_close, low_precision_attention, make_case, reference_attention
 from test_prefill import CASES, attend, check, inputs
 
-from jaxdecode.pallas_kernels import decode_attention, prefill, xla
+from jaxdecode.pallas_kernels import decode_attention, flash_decode, prefill, xla
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ def test_gpu_grid(heads, T, dtype):
 
 
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("H", prefill.HEAD_DIMS)
+@pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
 def test_gpu_head_dims(H, out_dtype):
     check(1, 136, 512, 4, 2, H, {"window": 300}, out_dtype=out_dtype)
 
