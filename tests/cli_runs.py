@@ -1,8 +1,10 @@
-"""What the tests of the command line share: a tiny model on disk, and ways to run the command."""
+"""What the tests of the command line share: a tiny model on disk, and the command as a process.
+
+conftest.py has the fixtures: `model`, `cli` and `ask`.
+"""
 
 from __future__ import annotations
 
-import io
 import os
 import string
 import subprocess
@@ -15,8 +17,6 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxdecode.checkpoint import export_safetensors
-from jaxdecode.cli.app import run
-from jaxdecode.cli.output import Report
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.llama import Llama
 from jaxdecode.tokenizer import Tokenizer
@@ -72,30 +72,6 @@ def start(
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }  # fmt: skip
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, **pipes)
-
-
-def command(capsys, monkeypatch):
-    """Gives call(*arguments, stdin=b"") -> (exit code, stdout, stderr), in this process."""
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        capsys.readouterr()
-        code = run([str(argument) for argument in arguments], Report())
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err or "-v" in arguments
-        return code, out, err
-
-    return call
-
-
-def generating(cli, default_model):
-    """Gives a call of `generate` on a tiny model, eight tokens, with nothing kept between runs."""
-
-    def call(*arguments, model=default_model, stdin=b""):
-        options = ("-m", model, "--no-compilation-cache", "-n", 8)
-        return cli("generate", *options, *arguments, stdin=stdin)
-
-    return call
 
 
 def fails(result, code=2):

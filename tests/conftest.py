@@ -1,12 +1,17 @@
-"""A strict session: no silent promotions, eight CPU devices, and in CI nothing is skipped."""
+"""A strict session: no silent promotions, eight CPU devices, and in CI nothing is skipped.
+
+And the fixtures of many files: the project's own files, and the command line with a tiny model.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -122,6 +127,45 @@ def copy_tree(project_files):
         return target
 
     return copy
+
+
+# The command line is imported late: tests of the two lower rooms do without its dependencies.
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A folder with a tiny model that has a chat template; nobody writes there."""
+    from cli_runs import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "chatty")
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """cli(*arguments, stdin=b"") -> (exit code, stdout, stderr) of the command, in this process."""
+    from jaxdecode.cli.app import run
+    from jaxdecode.cli.output import Report
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments], Report())
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err or "-v" in arguments
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def ask(cli, model):
+    """`generate` on that or another model: eight tokens, and nothing kept between runs."""
+
+    def call(*arguments, model=model, stdin=b""):
+        options = ("-m", model, "--no-compilation-cache", "-n", 8)
+        return cli("generate", *options, *arguments, stdin=stdin)
+
+    return call
 
 
 def _walk(folder: pathlib.Path):

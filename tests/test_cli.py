@@ -7,7 +7,7 @@ import logging
 import shutil
 
 import pytest
-from cli_runs import MAX_POSITIONS, TEMPLATE, command, fails, generating, make_model
+from cli_runs import MAX_POSITIONS, TEMPLATE, fails, make_model
 
 import jaxdecode
 from jaxdecode.checkpoint import load
@@ -18,23 +18,8 @@ from jaxdecode.sampling import SamplingParams
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "chatty")
-
-
-@pytest.fixture(scope="session")
 def plain_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "plain", template=None)
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    return command(capsys, monkeypatch)
-
-
-@pytest.fixture
-def ask(cli, model):
-    return generating(cli, model)
 
 
 # Text

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from bench_rows import ROW
-from cli_runs import MAX_POSITIONS, command, fails, make_model
+from cli_runs import MAX_POSITIONS, fails, make_model
 
 from jaxdecode import bench, read_bandwidth
 from jaxdecode.cli import bench_model
@@ -22,11 +22,6 @@ from jaxdecode.read_bandwidth import ReadCeiling
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "tiny", tokenizer=False)
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    return command(capsys, monkeypatch)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import re
 
 import jax
 import pytest
-from cli_runs import command, fails, generating, make_model
+from cli_runs import fails
 
 from jaxdecode import generation
 from jaxdecode.checkpoint import loading
@@ -16,21 +16,6 @@ from jaxdecode.cli import plan as verb
 from jaxdecode.cli import runtime
 from jaxdecode.device_model import DEVICES, DeviceModel
 from jaxdecode.models.config import PRESETS
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "chatty")
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    return command(capsys, monkeypatch)
-
-
-@pytest.fixture
-def ask(cli, model):
-    return generating(cli, model)
 
 
 @pytest.fixture

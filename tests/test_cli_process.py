@@ -12,7 +12,7 @@ import subprocess
 import time
 
 import pytest
-from cli_runs import make_model, start
+from cli_runs import start
 
 from jaxdecode.cli.interrupts import EXIT_INTERRUPTED
 
@@ -50,11 +50,6 @@ generation.prefill = slowly
 """
 IN_COMPILE = STUCK + "from jaxdecode import generation\ngeneration.prefill = stuck\n"
 IN_OPEN = STUCK + "from jaxdecode.checkpoint import loading\nloading.open_source = stuck\n"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(make_model(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture

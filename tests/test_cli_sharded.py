@@ -6,7 +6,7 @@ import json
 
 import jax
 import pytest
-from cli_runs import command, fails, generating, make_model
+from cli_runs import fails
 
 from jaxdecode.cli import runtime
 from jaxdecode.cli.options import parse_mesh
@@ -17,21 +17,6 @@ from jaxdecode.models.sharding import Sharding, describe, fit
 KV_HEADS = LlamaConfig(
     vocab_size=64, embed_dim=64, ffw_dim=96, num_layers=1, num_q_heads=8, num_kv_heads=2, head_dim=8
 )
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "chatty")
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    return command(capsys, monkeypatch)
-
-
-@pytest.fixture
-def ask(cli, model):
-    return generating(cli, model)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import shutil
 
 import jax
 import pytest
-from cli_runs import command, fails, generating, make_model
+from cli_runs import fails
 
 import jaxdecode
 from jaxdecode.checkpoint import load
@@ -17,22 +17,6 @@ from jaxdecode.cli import runtime
 from jaxdecode.errors import DeviceError
 from jaxdecode.generation import generate
 from jaxdecode.sampling import SamplingParams
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "chatty")
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    return command(capsys, monkeypatch)
-
-
-@pytest.fixture
-def ask(cli, model):
-    return generating(cli, model)
-
 
 # Devices and the compilation cache
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_hf
-from cli_runs import command, fails, make_model, start
+from cli_runs import fails, start
 
 import jaxdecode as jd
 from jaxdecode.checkpoint.hf_directory import HfDirectory
@@ -139,11 +139,6 @@ def test_two_processes_find_what_one_does(tiny, children):
     assert [result.get("other prompts") for result in (*found, alone)] == [None, None, "accepted"]
     assert all("cannot save a model together" in result["save"] for result in found)
     assert alone.get("save") is None
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "letters")
 
 
 @pytest.fixture(scope="module")
@@ -326,10 +321,10 @@ def test_joining_too_late():
 
 
 @pytest.mark.parametrize("verb", ["chat", "bench"])
-def test_verbs_of_one_process(verb, capsys, monkeypatch):
+def test_verbs_of_one_process(verb, cli, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    error = fails(command(capsys, monkeypatch)(verb))
+    error = fails(cli(verb))
     assert error.startswith(f"error: {verb} runs in one process, but the launcher started 4; ")
 
 
