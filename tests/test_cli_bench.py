@@ -179,7 +179,7 @@ MISTAKES = {
     "not random": (["-m", "smollm2-135m", "--preset", "tinyllama"], "add --random"),
     "no preset": (["--random"], "--random makes weights for a --preset; name one"),
     "two models": (["--preset", "tinyllama", "--random"], "give -m or --preset, found both"),
-    "preset": (["-m", "smollm2-135m", "--preset", "gpt", "--random"], "must be one of smollm2"),
+    "preset": (["-m", "smollm2-135m", "--preset", "gpt", "--random"], "is unknown; known: smollm2"),
     "model": (["-m", "not/there/at/all"], "no such file or directory"),
     "output": (["-o", "not/there.md"], "-o not/there.md cannot be written"),
     "plot": (["--plot", "not/there.png"], "--plot not/there.png cannot be written"),

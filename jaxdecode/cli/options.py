@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from jaxdecode.errors import RequestError
+from jaxdecode.models.config import PRESETS
 
 DEFAULT_MODEL = "smollm2-135m"
 # Headings of the help.
@@ -23,6 +24,12 @@ def _set_verbose(verbose: bool) -> bool:
     return verbose
 
 
+def _known_preset(name: str | None) -> str | None:
+    if name is not None and name not in PRESETS:
+        raise RequestError(f"--preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    return name
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -32,6 +39,16 @@ Model = Annotated[
         rich_help_panel=MODEL,
         help="Hugging Face directory, .gguf file, Orbax directory, org/name in the local Hugging "
         f"Face cache, or {DEFAULT_MODEL}, which is fetched once.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=MODEL,
+        callback=_known_preset,
+        help="Instead of -m, the shapes of a well-known model, without its weights: "
+        f"{', '.join(PRESETS)}.",
     ),
 ]
 Dtype = Annotated[

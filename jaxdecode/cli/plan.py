@@ -30,14 +30,6 @@ Model = Annotated[
         help="The model, as -m of generate takes it; only its headers are read.",
     ),
 ]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        rich_help_panel=options.MODEL,
-        help="Or the shapes of a well-known model, such as llama-2-70b, without any file.",
-    ),
-]
 Batch = Annotated[
     int,
     typer.Option("-b", "--batch", rich_help_panel=options.RUN, help="Sequences that run together."),
@@ -76,7 +68,7 @@ MemoryFraction = Annotated[
 def plan(
     context: typer.Context,
     model: Model = None,
-    preset: Preset = None,
+    preset: options.Preset = None,
     dtype: options.Dtype = None,
     context_size: options.Context = None,
     batch: Batch = 1,
@@ -148,8 +140,6 @@ def _model(
     if (model is None) == (preset is None):
         raise RequestError("give one model: -m PATH|NAME, or --preset NAME")
     if preset is not None:
-        if preset not in PRESETS:
-            raise RequestError(f"--preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
         return preset, PRESETS[preset], PRESETS[preset].dtype
     source = runtime.open_model(report, str(model))
     source.close()
