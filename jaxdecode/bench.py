@@ -135,9 +135,7 @@ class Bench:
         """
         config, dtype, sharding = self.model.config, self.model.dtype, self.model.sharding
         slots = slots_for(lengths, self.tokens, capacity, sharding)
-        choice = choose_attention(
-            config, dtype, implementation, len(lengths), slots, sharding=sharding
-        )
+        choice = choose_attention(config, dtype, implementation, sharding, len(lengths), slots)
         num_bytes = cache_bytes(config, lengths, self.tokens, dtype.itemsize)
         # Each device reads its own part of the cache, and of the weights.
         num_bytes /= sharding.parts("B") * sharding.parts("S") * sharding.parts("K")
@@ -164,7 +162,7 @@ class Bench:
         capacity, width = cache.capacity, min(prompt_tokens, PREFILL_STEP_SIZE)
         config = self.model.config
         choice = choose_attention(
-            config, self.model.dtype, implementation, batch, capacity, width, self.model.sharding
+            config, self.model.dtype, implementation, self.model.sharding, batch, capacity, width
         )
         prompts = [[i % config.vocab_size for i in range(prompt_tokens)]] * batch
         seconds: list[float] = []
@@ -228,12 +226,13 @@ class Bench:
 
 
 def choose_attention(
-    config: LlamaConfig, dtype: Any, name: str, batch: int = 1, capacity: int = 1024,
-    query_tokens: int = 1, sharding: Sharding = _ONE_DEVICE,
+    config: LlamaConfig, dtype: Any, name: str, sharding: Sharding = _ONE_DEVICE,
+    batch: int | None = None, capacity: int = 1024, query_tokens: int = 1,
 ) -> AttentionChoice:  # fmt: skip
     """Which implementation each device runs under this name, and why.
 
-    The choice's `implementation` names the row.
+    The choice's `implementation` names the row. A batch of None is a sequence on each device, and
+    a capacity grows to what a cache over so many devices has.
 
     Raises:
       RequestError: there is no such name.
@@ -241,8 +240,10 @@ def choose_attention(
     """
     if name not in NAMES:
         raise RequestError(f"attention must be one of {', '.join(NAMES)}, found {name!r}")
-    q = sharding.local_shape("BTN_", (batch, query_tokens, config.num_q_heads, config.head_dim))
-    kv = sharding.local_shape("BSK_", (batch, capacity, config.num_kv_heads, config.head_dim))
+    B, H = batch or sharding.data, config.head_dim
+    slots = round_up_capacity(capacity, sharding.parts("S"))
+    q = sharding.local_shape("BTN_", (B, query_tokens, config.num_q_heads, H))
+    kv = sharding.local_shape("BSK_", (B, slots, config.num_kv_heads, H))
     cache = jax.ShapeDtypeStruct(kv, dtype)
     implementation, num_splits = _arguments(name)
     try:

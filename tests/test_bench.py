@@ -16,6 +16,7 @@ from jaxdecode.bench import NAMES, NO_SPLIT, Bench
 from jaxdecode.errors import DeviceError, RequestError
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.random_model import random_model as random_weights
+from jaxdecode.models.sharding import fit
 from jaxdecode.pallas_kernels import AttentionChoice
 
 CEILING = 1e9
@@ -202,6 +203,21 @@ def test_auto_is_named_after_what_runs():
     choice = bench.choose_attention(CONFIG, "float32", "auto")
     assert choice.implementation == "xla"
     assert "JAX runs on cpu" in choice.reason
+
+
+def test_attention_is_chosen_for_what_each_device_has(monkeypatch):
+    def shapes(q, k, *_, **__):
+        return q.shape, k.shape
+
+    monkeypatch.setattr(bench, "explain_attention", shapes)
+    config = dataclasses.replace(CONFIG, head_dim=64, ffw_dim=64)
+    for sizes, q, k in [
+        ({}, (1, 1, 4, 64), (1, 1024, 2, 64)),
+        ({"tensor": 2, "seq": 4}, (1, 1, 2, 64), (1, 256, 1, 64)),
+        ({"seq": 32}, (1, 1, 4, 64), (1, 128, 2, 64)),  # at least one block of slots
+        ({"data": 4}, (1, 1, 4, 64), (1, 1024, 2, 64)),
+    ]:
+        assert bench.choose_attention(config, "bfloat16", "auto", fit(config, sizes)) == (q, k)
 
 
 @pytest.mark.parametrize("name", ["flash_decode", NO_SPLIT])

@@ -252,7 +252,8 @@ def test_attention_is_passed_on_unless_it_cannot_run_here(ask, monkeypatch):
         return stream(*arguments, **others)
 
     monkeypatch.setattr(runtime, "stream_generate", spy)
-    assert "--attn cudnn: " in fails(ask("-p", "hi", "--attn", "cudnn"))
+    assert "attention flash_decode: " in fails(ask("-p", "hi", "--attn", "flash_decode"))
+    assert "found 'cudnn'" in fails(ask("-p", "hi", "--attn", "cudnn"))
     assert ask("-p", "hi", "--attn", "xla")[0] == ask("-p", "hi")[0] == 0
     assert asked == ["xla", None]
 

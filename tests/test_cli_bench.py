@@ -201,6 +201,13 @@ def test_a_chart_without_matplotlib(measuring, monkeypatch, tmp_path):
     assert "pip install 'jaxdecode[plot]'" in line
 
 
+def test_a_batch_cut_over_data(measuring):
+    code, out, err = measuring("-d", "5", "-b", "2", "--mesh", "data=2", "--format", "csv")
+    assert code == 0, err
+    (row,) = csv.DictReader(io.StringIO(out))
+    assert (row["mesh"], row["batch"]) == ("data=2", "2")
+
+
 def test_meshes_that_do_not_fit(cli):
     options = ["bench", "--preset", "smollm2-135m", "--random", "--device", "cpu"]
     error = fails(cli(*options, "--mesh", "tensor=2"))

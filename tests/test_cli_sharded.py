@@ -132,15 +132,6 @@ def test_the_first_devices_in_their_order():
     assert runtime.make_sharding(KV_HEADS, None, jax.devices()) == Sharding()
 
 
-def test_attention_is_chosen_for_what_each_device_has(monkeypatch):
-    asked = []
-    monkeypatch.setattr(runtime, "explain_attention", lambda q, k, *_, **__: asked.append((q, k)))
-    for sizes in ({}, {"tensor": 2, "seq": 4}, {"data": 4}):
-        runtime.choose_attention(KV_HEADS, "bfloat16", None, fit(KV_HEADS, sizes))
-    heads = [(q.shape[2], k.shape[2], q.shape[3]) for q, k in asked]
-    assert heads == [(8, 2, 8), (4, 1, 8), (8, 2, 8)]
-
-
 def test_what_is_said_of_a_mesh():
     assert describe(KV_HEADS, fit(KV_HEADS, {"data": 4, "tensor": 2})) == (
         "mesh: data=4, tensor=2, seq=1"

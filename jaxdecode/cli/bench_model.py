@@ -101,7 +101,7 @@ def choose_attention(
     kind = report.device.device_kind if report.device else "unknown"
     report.say(f"device: {kind}; weights: {dtype}")
     for name in names:
-        choice = bench.choose_attention(config, dtype, name, sharding=sharding)
+        choice = bench.choose_attention(config, dtype, name, sharding)
         report.say(f"attention {name}: {choice}")
         chosen.setdefault(choice.implementation, name)
     return list(chosen.values())

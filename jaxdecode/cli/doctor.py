@@ -66,7 +66,7 @@ def _device_lines(chosen: jax.Device) -> list[str]:
     """The devices, and the attention of a decode step of an 8B model on the chosen one."""
     import jax
 
-    from jaxdecode.cli.runtime import choose_attention
+    from jaxdecode.bench import choose_attention
     from jaxdecode.models.config import PRESETS
 
     devices = jax.devices(chosen.platform)
@@ -74,7 +74,7 @@ def _device_lines(chosen: jax.Device) -> list[str]:
     config = PRESETS["llama-3.1-8b"]
     heads = f"{config.num_q_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
     for dtype in ("bfloat16", "float32"):
-        choice = choose_attention(config, dtype, None)
+        choice = choose_attention(config, dtype, "auto")
         lines.append(f"attention: {choice} (a decode step in {dtype}, {heads})")
     lines.append(f"{_auto_mesh(config, len(devices))} (--mesh auto, for the same model)")
     return lines

@@ -18,6 +18,7 @@ import numpy as np
 import platformdirs
 from jax.sharding import Mesh
 
+from jaxdecode.bench import choose_attention
 from jaxdecode.checkpoint import loading
 from jaxdecode.checkpoint.default_model import fetch_default_model
 from jaxdecode.checkpoint.source import WeightSource
@@ -31,7 +32,6 @@ from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.sharding import Sharding, auto_sizes, describe
-from jaxdecode.pallas_kernels import AttentionChoice, explain_attention
 from jaxdecode.plan import Plan, check_fits, explain_exhaustion, plan, plan_model
 from jaxdecode.processes import random_seed
 from jaxdecode.prompts import encode_prompts
@@ -72,12 +72,11 @@ def load_model(
     report.device = select_device(device)
     if compilation_cache:
         enable_compilation_cache()
-    implementation = None if attn == "auto" else attn
     source = open_model(report, name)
     try:
         dtype = dtype or loading.default_dtype(source)
         sharding = make_sharding(source.config, sizes, jax.devices(report.device.platform))
-        choice = choose_attention(source.config, dtype, implementation, sharding)
+        choice = choose_attention(source.config, dtype, attn, sharding)
         kind = report.device.device_kind
         count = "" if sizes is None else f"{sharding.num_devices} x "
         report.say(f"device: {count}{kind}; attention: {choice}; weights: {dtype}")
@@ -94,7 +93,8 @@ def load_model(
             model = loading.load_model(source, dtype, sharding, on_progress=on_progress)
     finally:
         source.close()
-    return Loaded(model, tokenizer, kind, choice.implementation, implementation)
+    asked = None if attn == "auto" else attn
+    return Loaded(model, tokenizer, kind, choice.implementation, asked)
 
 
 def make_sharding(
@@ -161,27 +161,6 @@ def with_seed(report: Report, loaded: Loaded, params: SamplingParams) -> Samplin
     if params.temperature > 0:
         report.say(f"seed: {params.seed}")
     return params
-
-
-def choose_attention(
-    config: LlamaConfig, dtype: str, implementation: str | None, sharding: Sharding | None = None
-) -> AttentionChoice:
-    """Which implementation a decode step of this model runs on each device, and why.
-
-    Raises:
-      DeviceError: the one asked for does not run here.
-    """
-    sharding = sharding or Sharding()
-    num_q_heads = config.num_q_heads // sharding.parts("N")
-    num_kv_heads = config.num_kv_heads // sharding.parts("K")
-    q = jax.ShapeDtypeStruct((1, 1, num_q_heads, config.head_dim), dtype)
-    kv = jax.ShapeDtypeStruct((1, 1024, num_kv_heads, config.head_dim), dtype)
-    try:
-        return explain_attention(
-            q, kv, kv, 1024, window=config.window, implementation=implementation
-        )
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise DeviceError(f"--attn {implementation or 'auto'}: {error}") from error
 
 
 def encode(loaded: Loaded, prompt: str | list[dict[str, str]]) -> list[int]:
