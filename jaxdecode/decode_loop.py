@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
+from jaxdecode.models.sharding import Sharding
 from jaxdecode.sampling import SamplingArrays, sample
 
 Array = jax.Array
@@ -61,16 +62,25 @@ class DecodedTokens:
     top_logprobs: Array
 
 
+class StaticModel(NamedTuple):
+    """All of a model but its arrays. Hashable, so that jit can key on it."""
+
+    graph: Any
+    structure: Any
+    sharding: Sharding
+
+    def merge(self, leaves: list[Array]) -> Llama:
+        """The model with these arrays."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, leaves))
+
+
 class SplitModel:
-    """A model split into a hashable part, which jit keys on, and its arrays."""
+    """A model split into `static` and `leaves`, its arrays."""
 
     def __init__(self, model: Llama):
-        self.graph, state = nnx.split(model)
-        self.leaves, self.structure = jax.tree.flatten(state)
-
-    @property
-    def static(self) -> tuple[Any, Any]:
-        return self.graph, self.structure
+        graph, state = nnx.split(model)
+        self.leaves, structure = jax.tree.flatten(state)
+        self.static = StaticModel(graph, structure, model.sharding)
 
 
 def start_state(model: Llama, cache: KVCache, remaining: np.ndarray) -> DecodeState:
@@ -87,15 +97,14 @@ def start_state(model: Llama, cache: KVCache, remaining: np.ndarray) -> DecodeSt
 
 @partial(jax.jit, static_argnames=("static", "implementation"), donate_argnames=("state",))
 def prefill(
-    static: Any, leaves: list[Array], state: DecodeState, tokens: Array, num_tokens: Array,
+    static: StaticModel, leaves: list[Array], state: DecodeState, tokens: Array, num_tokens: Array,
     *, implementation: str | None,
 ) -> DecodeState:  # fmt: skip
     """Runs one chunk of the prompts, tokens [B, T] right-padded; rows without tokens stay as is."""
-    model = _merge(static, leaves)
-    logits, cache = model(
+    logits, cache = static.merge(leaves)(
         tokens, state.cache, num_tokens=num_tokens, logits="last", implementation=implementation
     )
-    logits = model.sharding.constrain(logits[:, 0], "BD")
+    logits = static.sharding.constrain(logits[:, 0], "BD")
     real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < num_tokens[:, None]
     return dataclasses.replace(
         state,
@@ -111,8 +120,8 @@ def prefill(
     donate_argnames=("state",),
 )
 def decode(
-    static: Any, leaves: list[Array], state: DecodeState, sampling: SamplingArrays, stop_ids: Array,
-    *, num_steps: int, num_logprobs: int, implementation: str | None,
+    static: StaticModel, leaves: list[Array], state: DecodeState, sampling: SamplingArrays,
+    stop_ids: Array, *, num_steps: int, num_logprobs: int, implementation: str | None,
     num_splits: int | None = None,
 ) -> tuple[DecodeState, DecodedTokens]:  # fmt: skip
     """Generates `num_steps` tokens per sequence in one loop on the device.
@@ -127,7 +136,7 @@ def decode(
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, DecodedTokens]:
         # Merged inside the step: modules made outside belong to another trace level.
-        model = _merge(static, leaves)
+        model = static.merge(leaves)
         active = state.remaining > 0
         token = sample(state.logits, state.seen, state.cache.lengths, sampling)
         made = _describe(state.logits, token, active, num_logprobs)
@@ -137,7 +146,7 @@ def decode(
             implementation=implementation, num_splits=num_splits,
         )  # fmt: skip
         # Each device samples from whole rows.
-        logits = model.sharding.constrain(logits[:, 0], "BD")
+        logits = static.sharding.constrain(logits[:, 0], "BD")
         state = DecodeState(
             cache=cache,
             logits=jnp.where(active[:, None], logits, state.logits),
@@ -148,13 +157,7 @@ def decode(
 
     state, made = jax.lax.scan(step, state, None, length=num_steps)
     # Whole in every process, for the host to read.
-    constrain = _merge(static, leaves).sharding.constrain
-    return state, jax.tree.map(lambda x: constrain(x, ""), made)
-
-
-def _merge(static: Any, leaves: list[Array]) -> Llama:
-    graph, structure = static
-    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+    return state, jax.tree.map(lambda x: static.sharding.constrain(x, ""), made)
 
 
 def _mark(seen: Array, tokens: Array, real: Array) -> Array:
