@@ -139,7 +139,7 @@ def decode(
         model = static.merge(leaves)
         active = state.remaining > 0
         token = sample(state.logits, state.seen, state.cache.lengths, sampling)
-        made = _describe(state.logits, token, active, num_logprobs)
+        made = _describe(state.logits, token, active, num_logprobs, static.sharding)
         stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
         logits, cache = model(
             token[:, None], state.cache, num_tokens=active.astype(jnp.int32), logits="last",
@@ -167,10 +167,16 @@ def _mark(seen: Array, tokens: Array, real: Array) -> Array:
     return mark(seen, jnp.where(real, tokens, seen.shape[1]))
 
 
-def _describe(logits: Array, token: Array, active: Array, num_logprobs: int) -> DecodedTokens:
+def _describe(
+    logits: Array, token: Array, active: Array, num_logprobs: int, sharding: Sharding
+) -> DecodedTokens:
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    top_logits, top_tokens = jax.lax.top_k(logits, min(num_logprobs, logits.shape[-1]))
+    likeliest = partial(jax.lax.top_k, k=min(num_logprobs, logits.shape[-1]))
+    if sharding.mesh is not None:  # XLA would gather all rows: it does not cut this operation
+        rows = sharding.spec("BD")
+        likeliest = jax.shard_map(likeliest, mesh=sharding.mesh, in_specs=rows, out_specs=rows)
+    top_logits, top_tokens = likeliest(logits)
     return DecodedTokens(
         tokens=jnp.where(active, token, -1),
         finite=jnp.isfinite(logits).all(axis=-1),

@@ -123,23 +123,26 @@ def test_the_search_sees_the_copies_of_a_cache_that_is_kept(sizes):
 STEPS = 4
 
 
-def loop_hlo(model: Llama) -> str:
+def loop_hlo(model: Llama, num_logprobs: int) -> str:
     split = SplitModel(model)
     state = start_state(model, model.init_cache(B, CAPACITY), np.full(B, 30, np.int32))
     sampling = SamplingArrays.create(SamplingParams(), 0, [0] * B)
     return decode.lower(
         split.static, split.leaves, state, sampling, np.full(16, -1, np.int32),
-        num_steps=STEPS, num_logprobs=0, implementation=None,
+        num_steps=STEPS, num_logprobs=num_logprobs, implementation=None,
     ).compile().as_text()  # fmt: skip
 
 
+@pytest.mark.parametrize("num_logprobs", [0, 3])
 @pytest.mark.parametrize("sizes", [(1, 2, 2), (2, 2, 2)], ids=size_name)
-def test_generating_adds_one_exchange_of_logits(sizes):
+def test_generating_adds_one_exchange_of_logits(sizes, num_logprobs):
     model = model_on(sizes)
-    hlo = loop_hlo(model)
+    hlo = loop_hlo(model, num_logprobs)
     expected = step_collectives(model.config, model.sharding, B, 1)
     expected += [("all-gather", B // sizes[0] * model.config.vocab_size)]
     if sizes[0] > 1:  # once, for the host: tokens, whether all was finite, log-probabilities
         expected += [("all-gather", STEPS * B)] * 3
+        if num_logprobs:  # the likeliest tokens and theirs
+            expected += [("all-gather", STEPS * B * num_logprobs)] * 2
     assert collectives(hlo) == sorted(expected)
     assert copies(hlo, layer_shape(model)) == []
