@@ -2,8 +2,8 @@
 
 Figures called datasheet are NVIDIA's: the A100, H100 and H200 Tensor Core GPU datasheets (SXM
 modules, matrix rates without sparsity, NVLink counted in one direction), and the DGX A100, H100 and
-H200 datasheets for the network between hosts (one 200 or 400 Gbit/s port for each GPU). Measured
-ones say on what. Nothing here imports jax, so that help can name the devices.
+H200 datasheets for the network between hosts (one 200 or 400 Gbit/s port for each GPU). The others
+say where they come from. Nothing here imports jax, so that help can name the devices.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Speeds:
 
     Attributes:
       read_tb_s: bytes read from its memory, in 1e12 a second.
-      read_source: "measured" or "datasheet".
+      read_source: "datasheet", or "assumed" where another figure is more likely.
       tflop_s: dense bfloat16 matrix products, in 1e12 operations a second.
       link_gb_s: to the GPUs of the same host, in 1e9 bytes a second each way.
       host_link_gb_s: to other hosts, for each GPU, likewise.
@@ -89,10 +89,10 @@ DEVICES: dict[str, DeviceModel] = {
         speeds=Speeds(read_tb_s=3.35, read_source="datasheet", **_HOPPER),
     ),
     # The datasheet says 4.8 TB/s. 4.6 is what a split-KV kernel read from 64k to 512k tokens, and
-    # 4.58 XLA's largest matrix-vector product (jax 0.11.2).
+    # 4.58 XLA's largest matrix-vector product (jax 0.11.2); no results file holds that yet.
     "h200": DeviceModel(
         name="NVIDIA H200", memory=141 * 10**9,
-        speeds=Speeds(read_tb_s=4.6, read_source="measured", **_HOPPER),
+        speeds=Speeds(read_tb_s=4.6, read_source="assumed", **_HOPPER),
     ),
 }  # fmt: skip
 
