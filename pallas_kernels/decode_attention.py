@@ -21,10 +21,6 @@ Array = jax.Array
 Lengths = jax.Array | np.ndarray | int
 
 IMPLEMENTATIONS = ("flash_decode", "xla")
-# Beyond so many query tokens a call is prefill, for which the wide-query kernel is made.
-_MOST_DECODE_TOKENS = 16
-# Whether that kernel is chosen without being asked for: once it is verified and timed on a GPU.
-_WIDE_UNASKED = False
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -96,8 +92,8 @@ def decode_attention(
       window: >= 1, how many positions a query looks back, itself counted; None for all.
       softcap: > 0; None for none.
       sinks: [N], one more logit per head, neither scaled nor capped, with a zero value.
-      num_splits: into how many parts the keys are cut; flash_decode only, which otherwise serves
-        many query tokens without cutting the keys.
+      num_splits: into how many parts the keys are cut; flash_decode only, which otherwise cuts a
+        batch into equal work, whatever the lengths, and for many query tokens cuts no keys.
       implementation: None to choose, or one of IMPLEMENTATIONS.
       out_dtype: float type of the result, q's when None. Ask for float32 when you will merge it.
       return_lse: also return the log-sum-exp of the logits.
@@ -159,7 +155,6 @@ def choose(
                 "'xla' does not, leave num_splits out"
             )
         return AttentionChoice("xla", "asked for", asked_for=True)
-    wide = _is_wide(q, num_splits)
     obstacle = flash_decode.why_not_here() or flash_decode.why_not(q, k)
     if implementation == "flash_decode" or num_splits is not None:
         if obstacle is not None:
@@ -170,19 +165,13 @@ def choose(
         return AttentionChoice("flash_decode", "asked for", asked_for=implementation is not None)
     if obstacle is not None:
         return AttentionChoice("xla", f"the portable implementation; {obstacle}")
-    if wide and not _WIDE_UNASKED:
-        reason = f"{q.shape[1]} query tokens are prefill, more than {_MOST_DECODE_TOKENS}"
-        return AttentionChoice("xla", f"the portable implementation; {reason}")
-    if not wide and q.shape[3] not in flash_decode.MEASURED_HEAD_DIMS:
-        reason = f"the kernels are not measured yet at head_dim {q.shape[3]}, ask for them by name"
-        return AttentionChoice("xla", f"the portable implementation; {reason}")
-    kind = "wide-query kernel" if wide else "split-KV kernels"
+    kind = "wide-query kernel" if _is_wide(q, k, num_splits) else "split-KV kernels"
     return AttentionChoice("flash_decode", f"{kind} for this GPU")
 
 
-def _is_wide(q: Any, num_splits: int | None) -> bool:
+def _is_wide(q: Any, k: Any, num_splits: int | None) -> bool:
     """Whether flash_decode serves the call by its wide-query kernel."""
-    return num_splits is None and q.shape[1] > _MOST_DECODE_TOKENS
+    return num_splits is None and prefill.is_faster(q.shape, k.shape)
 
 
 def attend_ranges(
@@ -200,7 +189,7 @@ def attend_ranges(
         return out.astype(out_dtype), lse
 
     def kernels(*operands: Array) -> tuple[Array, Array]:
-        if _is_wide(operands[0], num_splits):
+        if _is_wide(operands[0], operands[1], num_splits):
             return prefill.attend(
                 *operands, scale=scale, softcap=softcap, sinks=sinks, out_dtype=out_dtype
             )

@@ -26,10 +26,6 @@ Array = jax.Array
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-# Those whose results and speed were measured on a GPU: the door chooses the kernels for them.
-MEASURED_HEAD_DIMS = (128,)
-# Whether batches are cut by a plan of equal work: once it is verified and timed on a GPU.
-PLAN_BATCHES = False
 
 
 def why_not(q: Any, k: Any) -> str | None:
@@ -80,13 +76,13 @@ def attend(
     Arguments and results are those of `xla.attend`, and:
 
     Args:
-      num_splits: equal chunks per sequence; None for about one per multiprocessor in all or, with
-        PLAN_BATCHES, for equal work per multiprocessor whatever the lengths.
+      num_splits: equal chunks per sequence; None for about one per multiprocessor and, in a batch,
+        for equal work per multiprocessor whatever the lengths.
       out_dtype: of the result.
     """
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     # One sequence needs no plan: equal chunks of it are equal work.
-    if num_splits is None and not (PLAN_BATCHES and q.shape[0] > 1):
+    if num_splits is None and q.shape[0] == 1:
         num_splits = choose_num_splits(q.shape, k.shape)
     config = split_config(q.shape, k.shape, num_splits, scale, softcap)
     plan = _plan(lo, hi, k.shape, config) if num_splits is None else None

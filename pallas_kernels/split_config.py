@@ -100,8 +100,7 @@ def choose_num_splits(q_shape: Shape, k_shape: Shape, num_sms: int = NUM_SMS) ->
     """Chunks per sequence that keep the multiprocessors busy: the fewest within 10 % of the best.
 
     At most one for each 64 keys of the capacity."""
-    _, _, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)
-    blocks = k_shape[0] * k_shape[2] * row_blocks_t * row_blocks_g
+    blocks = num_row_blocks(q_shape, k_shape)
     most = max(1, min(num_sms, k_shape[1] // 64))
 
     def busy(splits: int) -> float:
@@ -110,6 +109,12 @@ def choose_num_splits(q_shape: Shape, k_shape: Shape, num_sms: int = NUM_SMS) ->
 
     best = max(busy(splits) for splits in range(1, most + 1))
     return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+
+
+def num_row_blocks(q_shape: Shape, k_shape: Shape) -> int:
+    """Row blocks of all KV heads of all sequences."""
+    _, _, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)
+    return k_shape[0] * k_shape[2] * row_blocks_t * row_blocks_g
 
 
 def _row_blocks(q_shape: Shape, k_shape: Shape) -> tuple[int, int, int, int]:

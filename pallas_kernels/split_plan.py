@@ -3,8 +3,9 @@
 An item is a row block of a KV head of a sequence. Put end to end, the K/V tiles of all items make
 one line, which is cut into equal ranges, one for each multiprocessor, as Stream-K cuts a matrix
 product (arXiv 2301.03598). A thread block goes through the items in its range; what it holds of one
-of them is a chunk. So all blocks have equally many tiles, and there are fewer cuts than blocks. The
-plan follows from the visible ranges alone: XLA computes it once for all layers.
+of them is a chunk. So all blocks have equally many tiles, and there are fewer cuts than blocks; a
+little less than equal where that lets the cuts fall between sequences. The plan follows from the
+visible ranges alone: XLA computes it once for all layers.
 """
 
 from __future__ import annotations
@@ -60,10 +61,18 @@ def make_plan(lo: Array, hi: Array, *, block_kv: int, heads: int, num_blocks: in
     tiles = jnp.maximum(-(-hi.max(axis=1) // block_kv) - first_tile, 0)
     stop = _running_sum(tiles) * heads
     items = _running_sum(jnp.where(tiles > 0, 1, 0)) * heads
-    size = jnp.maximum(-(-stop[-1] // num_blocks), 1)
+    size = _range_size(jnp.maximum(-(-stop[-1] // num_blocks), 1), jnp.maximum(tiles.max(), 1))
     line = _Line(first_tile, tiles, stop - tiles * heads, stop, items, size)
     blocks = _blocks(line, heads, num_blocks)
     return SplitPlan(blocks, _chunks(line, blocks[:, 0], heads), _spans(line, heads))
+
+
+def _range_size(share, longest):
+    """An equal share of the tiles, or a little more of them where sequences of the greatest length
+    are then cut into whole ranges or not at all: each cut saved is a chunk less to merge."""
+    pieces = jnp.maximum(longest // share, 1)
+    whole = jnp.where(share <= longest, -(-longest // pieces), -(-share // longest) * longest)
+    return jnp.where(20 * whole <= 21 * share, whole, share)
 
 
 def _blocks(line, heads, num_blocks):

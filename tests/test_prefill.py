@@ -6,7 +6,6 @@ conftest.py leaves this file out where jax has no interpreter for it (before 0.1
 from __future__ import annotations
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -237,32 +236,46 @@ def test_ranges_never_decrease_along_the_queries():
                 assert 0 <= x.min() <= x.max() <= 128
 
 
-def kernels_called(monkeypatch, T, **options):
-    """How many kernels the door's call launches; flash_decode is two, the wide-query kernel one."""
+def kernels_called(monkeypatch, T, heads=(64, 8), **options):
+    """How many kernels the door's call launches: two that split the keys, or one for prompts."""
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
 
     def call(q, k, v, kv_len, _):
         return decode_attention(q, k, v, kv_len[:, 0], **options)
 
-    text = lowered_for_cuda(call, 1, T, 512, 2, 1, 128)
+    text = lowered_for_cuda(call, 1, T, 512, *heads, 128)
     return text.count("custom_call @mosaic_gpu")
 
 
-def test_the_door_serves_many_queries_when_asked(monkeypatch):
-    assert kernels_called(monkeypatch, 16, implementation="flash_decode") == 2
-    assert kernels_called(monkeypatch, 17, implementation="flash_decode") == 1
-    assert kernels_called(monkeypatch, 17, num_splits=2) == 2
-    assert kernels_called(monkeypatch, 17) == 0
-    q, k, v, _ = inputs(1, 17, 128, 2, 1, H=128)
-    asked = explain_attention(q, k, v, 20, implementation="flash_decode")
-    assert str(asked) == "flash_decode: asked for"
+def test_the_door_takes_the_faster_kernels(monkeypatch):
+    assert kernels_called(monkeypatch, 16) == 2
+    assert kernels_called(monkeypatch, 64) == 2
+    assert kernels_called(monkeypatch, 128) == 1
+    assert kernels_called(monkeypatch, 128, num_splits=2) == 2
+    assert kernels_called(monkeypatch, 128, implementation="flash_decode") == 1
+    assert kernels_called(monkeypatch, 128, implementation="xla") == 0
+    # Few heads leave most multiprocessors without a block of the wide-query kernel.
+    assert kernels_called(monkeypatch, 128, heads=(16, 2)) == 2
 
 
-def test_the_door_would_choose_it_by_itself(monkeypatch):
-    """What turning on `_WIDE_UNASKED` does."""
-    door = sys.modules["jaxdecode.pallas_kernels.decode_attention"]  # the name is a function's
-    monkeypatch.setattr(door, "_WIDE_UNASKED", True)
-    assert kernels_called(monkeypatch, 17) == 1
-    q, k, v, _ = inputs(1, 17, 128, 2, 1)
-    choice = explain_attention(q, k, v, 20)
-    assert str(choice) == "flash_decode: wide-query kernel for this GPU"
+def test_which_kernels_is_explained(monkeypatch):
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    for T, kind in ((64, "split-KV kernels"), (128, "wide-query kernel")):
+        q, k, v, _ = inputs(1, T, 512, 64, 8)
+        assert str(explain_attention(q, k, v, 200)) == f"flash_decode: {kind} for this GPU"
+        asked = explain_attention(q, k, v, 200, implementation="flash_decode")
+        assert str(asked) == "flash_decode: asked for"
+
+
+# Microseconds of both kernels on an H200, 32768 tokens in the cache: (T, heads, wide, split).
+MEASURED = [
+    (17, (64, 8), 415.9, 163.7), (32, (64, 8), 414.7, 195.3), (64, (64, 8), 415.2, 371.5),
+    (128, (64, 8), 418.6, 730.1), (256, (64, 8), 425.3, 1446.2), (17, (16, 2), 415.0, 48.6),
+    (64, (16, 2), 414.1, 108.3), (128, (16, 2), 416.5, 201.6), (256, (16, 2), 417.4, 376.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("T", "heads", "wide", "split"), MEASURED)
+def test_the_rule_tells_which_was_faster(T, heads, wide, split):
+    N, K = heads
+    assert prefill.is_faster((1, T, N, 128), (1, 32768, K, 128)) == (wide < split)
