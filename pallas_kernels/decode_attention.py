@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxdecode.pallas_kernels import flash_decode, prefill, xla
+from jaxdecode.pallas_kernels import cudnn, flash_decode, prefill, xla
 from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
 Lengths = jax.Array | np.ndarray | int
 
-IMPLEMENTATIONS = ("flash_decode", "xla")
+IMPLEMENTATIONS = ("flash_decode", "xla", "cudnn")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -94,7 +94,8 @@ def decode_attention(
       sinks: [N], one more logit per head, neither scaled nor capped, with a zero value.
       num_splits: into how many parts the keys are cut; flash_decode only, which otherwise cuts a
         batch into equal work, whatever the lengths, and for many query tokens cuts no keys.
-      implementation: None to choose, or one of IMPLEMENTATIONS.
+      implementation: None to choose, or one of IMPLEMENTATIONS. "cudnn" serves one query token
+        without window, softcap, sinks and log-sum-exp; it is never chosen unasked.
       out_dtype: float type of the result, q's when None. Ask for float32 when you will merge it.
       return_lse: also return the log-sum-exp of the logits.
 
@@ -108,9 +109,12 @@ def decode_attention(
     """
     scale = checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
     out_dtype = checked_out_dtype(q, out_dtype)
-    choice = choose(q, k, num_splits=num_splits, implementation=implementation)
+    not_cudnn = cudnn.why_not(q, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse)
+    choice = choose(q, k, num_splits=num_splits, implementation=implementation, not_cudnn=not_cudnn)
     kv_len, q_start = int32_lengths(k, kv_len, q_start)
     lo, hi = visible_ranges(kv_len, q.shape[1], k.shape[1], q_start=q_start, window=window)
+    if choice.implementation == "cudnn":
+        return cudnn.attend(q, k, v, hi, scale=scale).astype(out_dtype)
     out, lse = attend_ranges(
         choice, q, k, v, lo, hi, scale=scale, softcap=softcap, sinks=sinks, num_splits=num_splits,
         out_dtype=out_dtype,
@@ -137,24 +141,29 @@ def explain_attention(
     """
     checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
     checked_out_dtype(q, out_dtype)
-    return choose(q, k, num_splits=num_splits, implementation=implementation)
+    not_cudnn = cudnn.why_not(q, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse)
+    return choose(q, k, num_splits=num_splits, implementation=implementation, not_cudnn=not_cudnn)
 
 
 def choose(
-    q: Any, k: Any, *, num_splits: int | None, implementation: str | None
+    q: Any, k: Any, *, num_splits: int | None, implementation: str | None, not_cudnn: str | None
 ) -> AttentionChoice:
-    """Chooses the implementation for a checked call."""
+    """Chooses the implementation for a checked call; `not_cudnn` is why it cannot be cuDNN."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation must be None or one of {IMPLEMENTATIONS}, found {implementation!r}"
         )
-    if implementation == "xla":
+    if implementation in ("xla", "cudnn"):
         if num_splits is not None:
             raise ValueError(
-                f"num_splits={num_splits} goes with an implementation that splits the keys; "
-                "'xla' does not, leave num_splits out"
+                f"num_splits={num_splits} goes with flash_decode, which splits the keys; "
+                f"leave it out for {implementation!r}"
             )
-        return AttentionChoice("xla", "asked for", asked_for=True)
+        if implementation == "cudnn" and not_cudnn is not None:
+            raise NotImplementedError(
+                f"cudnn cannot serve this call: {not_cudnn}; leave out implementation"
+            )
+        return AttentionChoice(implementation, "asked for", asked_for=True)
     obstacle = flash_decode.why_not_here() or flash_decode.why_not(q, k)
     if implementation == "flash_decode" or num_splits is not None:
         if obstacle is not None:

@@ -73,7 +73,10 @@ def attend_part(
     parts; a query that sees nothing of this part has out = 0 and lse = -inf.
     """
     scale = checked_scale(q, k, v, scale, window, softcap, None, num_splits)
-    choice = choose(q, k, num_splits=num_splits, implementation=implementation)
+    choice = choose(
+        q, k, num_splits=num_splits, implementation=implementation,
+        not_cudnn="merging the parts takes a float32 log-sum-exp",
+    )  # fmt: skip
     lo, hi = visible_ranges(
         kv_len, q.shape[1], part.count * k.shape[1], q_start=q_start, window=window
     )

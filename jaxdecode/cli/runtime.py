@@ -76,7 +76,8 @@ def load_model(
     try:
         dtype = dtype or loading.default_dtype(source)
         sharding = make_sharding(source.config, sizes, jax.devices(report.device.platform))
-        choice = choose_attention(source.config, dtype, attn, sharding)
+        # Two tokens: what serves only one at a time cannot read a prompt.
+        choice = choose_attention(source.config, dtype, attn, sharding, query_tokens=2)
         kind = report.device.device_kind
         count = "" if sizes is None else f"{sharding.num_devices} x "
         report.say(f"device: {count}{kind}; attention: {choice}; weights: {dtype}")

@@ -1,0 +1,52 @@
+"""cuDNN's attention, through jax.nn, for the calls that it serves exactly: one query token each.
+
+B batch, T query tokens, S capacity, N query heads, K KV heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+_DTYPES = ("bfloat16", "float16")
+_MAX_HEAD_DIM = 256
+
+
+def why_not(
+    q: Any, *, window: int | None, softcap: float | None, sinks: Any, return_lse: bool
+) -> str | None:
+    """Why cuDNN cannot serve a call with these arguments of `decode_attention`; None if it can."""
+    _, T, _, H = q.shape
+    if T != 1:
+        return f"its causal order begins at the first key, so it takes one query token, not {T}"
+    if return_lse:
+        return "its log-sum-exp has the dtype of q, not float32"
+    for name, value in (("window", window), ("softcap", softcap), ("sinks", sinks)):
+        if value is not None:
+            return f"it is not called with {name}"
+    if q.dtype not in _DTYPES:
+        return f"it takes {' and '.join(_DTYPES)}, not {q.dtype}"
+    if H % 8 or H > _MAX_HEAD_DIM:
+        return f"it takes a head_dim that is a multiple of 8 up to {_MAX_HEAD_DIM}, not {H}"
+    if jax.default_backend() != "gpu":
+        return f"it needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}"
+    return None
+
+
+def attend(q: Array, k: Array, v: Array, hi: Array, *, scale: float) -> Array:
+    """Attends the one query token of each sequence to the slots s < hi.
+
+    Args:
+      q: [B, 1, N, H]; k, v: [B, S, K, H]; hi: [B, 1] int32.
+
+    Returns:
+      [B, 1, N, H] in q's dtype, 0 where nothing is visible.
+    """
+    out = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=hi[:, 0], implementation="cudnn"
+    )
+    return jnp.where(hi[:, :, None, None] > 0, out, 0)
