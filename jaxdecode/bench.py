@@ -133,19 +133,29 @@ class Bench:
           RequestError: the tokens do not fit into the capacity.
           DeviceError: the implementation does not run here.
         """
-        config, dtype, sharding = self.model.config, self.model.dtype, self.model.sharding
-        slots = slots_for(lengths, self.tokens, capacity, sharding)
-        choice = choose_attention(config, dtype, implementation, sharding, len(lengths), slots)
-        num_bytes = cache_bytes(config, lengths, self.tokens, dtype.itemsize)
+        config, sharding = self.model.config, self.model.sharding
+        dispatch = self.dispatch(lengths, implementation, capacity=capacity)
+        num_bytes = cache_bytes(config, lengths, self.tokens, self.model.dtype.itemsize)
         # Each device reads its own part of the cache, and of the weights.
         num_bytes /= sharding.parts("B") * sharding.parts("S") * sharding.parts("K")
         num_bytes += weight_bytes(self.model)
         return self._row(
-            _test_name(self.tokens, lengths), choice,
+            _test_name(self.tokens, lengths), dispatch.choice,
             batch=len(lengths), depth=list(lengths) if len(set(lengths)) > 1 else lengths[0],
-            capacity=slots, tokens=self.tokens,
-            seconds=self._time_decode(lengths, implementation, slots), num_bytes=round(num_bytes),
+            capacity=dispatch.capacity, tokens=self.tokens, num_bytes=round(num_bytes),
+            seconds=[dispatch() for _ in range(self.repetitions + 1)],
         )  # fmt: skip
+
+    def dispatch(
+        self, lengths: Sequence[int], implementation: str = "auto", *, capacity: int | None = None
+    ) -> Dispatch:
+        """What `decode` times, by itself; arguments and errors are the same."""
+        config, sharding = self.model.config, self.model.sharding
+        slots = slots_for(lengths, self.tokens, capacity, sharding)
+        choice = choose_attention(
+            config, self.model.dtype, implementation, sharding, len(lengths), slots
+        )
+        return Dispatch(self.model, lengths, implementation, choice, slots, self.tokens)
 
     def prefill(self, prompt_tokens: int, batch: int = 1, implementation: str = "auto") -> Row:
         """Times `generate` from the prompts' ids to the logits of their first tokens.
@@ -179,28 +189,6 @@ class Bench:
             tokens=prompt_tokens, seconds=seconds,
         )  # fmt: skip
 
-    def _time_decode(self, lengths: Sequence[int], name: str, capacity: int) -> list[float]:
-        """Seconds of one dispatch each; the first compiles."""
-        split = SplitModel(self.model)
-        implementation, num_splits = _arguments(name)
-        sampling = SamplingArrays.create(SamplingParams(), 0, [0] * len(lengths))
-        stop_ids, kept = np.full(16, -1, np.int32), np.array(lengths, np.int32)
-        cache = filled_cache(self.model, lengths, capacity)
-        remaining = np.full(len(lengths), _WITHOUT_END, np.int32)
-        state = jax.block_until_ready(start_state(self.model, cache, remaining))
-        seconds = []
-        for _ in range(self.repetitions + 1):
-            start = time.perf_counter()
-            state, _ = decode(
-                split.static, split.leaves, state, sampling, stop_ids, num_steps=self.tokens,
-                num_logprobs=0, implementation=implementation, num_splits=num_splits,
-            )  # fmt: skip
-            jax.block_until_ready(state)
-            seconds.append(time.perf_counter() - start)
-            cache = state.cache.truncate(self.model.sharding.place(kept, "B"))
-            state = jax.block_until_ready(dataclasses.replace(state, cache=cache))
-        return seconds
-
     def _row(
         self, test: str, choice: AttentionChoice, *, batch: int, depth: int | list[int],
         capacity: int, tokens: int, seconds: list[float], num_bytes: int | None = None,
@@ -223,6 +211,50 @@ class Bench:
             row, bytes_per_step=num_bytes, bound_tok_s=bound, fraction_of_bound=fraction,
             gb_s=None if fraction is None else fraction * self.read_ceiling / 1e9,
         )  # fmt: skip
+
+
+class Dispatch:
+    """So many tokens decoded in one go, at each call from the same lengths on.
+
+    Attributes:
+      choice: how the devices attend.
+      capacity: slots per sequence of the cache.
+    """
+
+    def __init__(
+        self, model: Llama, lengths: Sequence[int], name: str, choice: AttentionChoice,
+        capacity: int, tokens: int,
+    ):  # fmt: skip
+        self.choice, self.capacity = choice, capacity
+        self._model, self._split = model, SplitModel(model)
+        self._lengths = np.array(lengths, np.int32)
+        sampling = SamplingArrays.create(SamplingParams(), 0, [0] * len(lengths))
+        self._sampling = sampling, np.full(16, -1, np.int32)
+        implementation, num_splits = _arguments(name)
+        self._options: dict[str, Any] = {
+            "num_steps": tokens, "num_logprobs": 0,
+            "implementation": implementation, "num_splits": num_splits,
+        }  # fmt: skip
+        cache = filled_cache(model, lengths, capacity)
+        remaining = np.full(len(lengths), _WITHOUT_END, np.int32)
+        self._state = jax.block_until_ready(start_state(model, cache, remaining))
+
+    def __call__(self) -> float:
+        """Runs, and returns the seconds that it took; the first call compiles."""
+        start = time.perf_counter()
+        state, _ = decode(*self._operands(), **self._options)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - start
+        cache = state.cache.truncate(self._model.sharding.place(self._lengths, "B"))
+        self._state = jax.block_until_ready(dataclasses.replace(state, cache=cache))
+        return seconds
+
+    def hlo(self) -> str:
+        """The program that runs, as XLA compiled it."""
+        return decode.lower(*self._operands(), **self._options).compile().as_text()
+
+    def _operands(self) -> tuple[Any, ...]:
+        return self._split.static, self._split.leaves, self._state, *self._sampling
 
 
 def choose_attention(
