@@ -71,6 +71,7 @@ def _over_rows(kernel, operands, shape, out_dtype, config):
         grid_names=("head", "token", "batch"),
         scratch_types={} if H == padded else {"row_smem": plgpu.SMEM((padded,), out_dtype)},
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="flash_decode_combine",
     )(*operands)
 
 

@@ -58,6 +58,7 @@ def split_attention(
         thread_name="thread",
         scratch_types=allocate(q.dtype, config),
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="flash_decode_split",
     )(q, k, v, lo, hi)
 
 
@@ -79,6 +80,7 @@ def planned_attention(
         thread_name="thread",
         scratch_types=[*allocate(q.dtype, config), plgpu.Barrier()],
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="flash_decode_split_planned",
     )(q, k, v, lo, hi, plan.blocks, plan.chunks)
 
 

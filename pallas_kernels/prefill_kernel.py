@@ -98,6 +98,7 @@ def wide_attention(
             *_Ring(ring, ring, loaded, loaded, released, released, plgpu.Barrier()),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="flash_decode_prefill",
     )(q, k, v, lo, hi, *(() if sinks is None else (sinks,)))
 
 

@@ -51,6 +51,7 @@ def read_sums(x: jax.Array, *, num_blocks: int = NUM_BLOCKS) -> jax.Array:
         num_threads=2,
         thread_name="thread",
         scratch_types=[plgpu.SMEM((_STAGES, TILE_ROWS, COLUMNS), x.dtype), barriers, barriers],
+        kernel_name="read_sums",
     )(x)
 
 
