@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from attention_cases import CASES, DTYPE, Case, H, T, check_result
 from attention_worker import attempt, serve
+from timing import cupti_kernels, time_of
 
 import jaxdecode as jd
 
@@ -29,7 +29,6 @@ Call = Callable[[Array, Array, Array, Array], Array]
 KernelTimes = Callable[[Callable[[], object]], list[float]]
 
 COMPILE_THREADS = 8
-SAMPLES, SAMPLE_S = 5, 0.02  # timings of `us`, and how much work each holds at least
 KERNEL_ROTATIONS = 3
 
 
@@ -176,36 +175,13 @@ def measure(case: Case, prepared: Prepared, kernel_times: KernelTimes) -> dict[s
     return {name: attempt(functools.partial(one, c)) for name, c in prepared.chains.items()}
 
 
-def time_of(rotate: Callable[[int], None]) -> float:
-    """Seconds of one rotation among many in a row, the median of several samples."""
-    rotate(1)
-
-    def seconds(times: int) -> float:
-        start = time.perf_counter()
-        rotate(times)
-        return (time.perf_counter() - start) / times
-
-    times = math.ceil(SAMPLE_S / seconds(1))
-    return statistics.median(seconds(times) for _ in range(SAMPLES))
-
-
-def cupti_kernel_times(run: Callable[[], object]) -> list[float]:
-    """Seconds of each kernel that runs on the GPU while `run` does. `run` waits for its end."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
-    cupti._cupti_init()
-    try:
-        run()
-    finally:
-        # False: the process stays attached to CUPTI, which it will need again.
-        kernels = cupti._cupti_get_timings(False)
-    return [milliseconds / 1e3 for _, milliseconds in kernels]
-
-
 def main() -> None:
     """Answers attention.py: first "prepare", then "read_peak" and "measure"."""
     prepared: dict[int, Prepared] = {}
+
+    def kernel_times(run: Callable[[], object]) -> list[float]:
+        return [seconds for _, seconds in cupti_kernels(run)]
+
     pool = concurrent.futures.ThreadPoolExecutor(COMPILE_THREADS)
 
     def answer(request: dict) -> Any:
@@ -231,7 +207,7 @@ def main() -> None:
             case "measure":
                 index = request["case"]
                 # Popped: a measured case's programs are not needed again.
-                return measure(CASES[index], prepared.pop(index), cupti_kernel_times)
+                return measure(CASES[index], prepared.pop(index), kernel_times)
         raise ValueError(f"unknown request {request}")
 
     serve(answer)

@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
-import json
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import fastertransformer
 from decode_cases import CHARTS, Case, Chart
-from source_hash import ROOT, source_hash
+from runs import Clock, Recorder, tiny
+from source_hash import ROOT
 
 from jaxdecode import bench, bench_output
 from jaxdecode.errors import DeviceError
-from jaxdecode.models.config import PRESETS, LlamaConfig
+from jaxdecode.models.config import PRESETS
 from jaxdecode.models.random_model import random_model
 from jaxdecode.read_bandwidth import METHODS, ReadCeiling, measure_read_ceiling
 
@@ -63,23 +63,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-class Clock:
-    """The time of this run, which everything said on stderr begins with."""
-
-    def __init__(self, budget: float):
-        self._start, self._budget = time.monotonic(), budget
-
-    def now(self) -> float:
-        return time.monotonic() - self._start
-
-    def allows(self, seconds: float) -> bool:
-        """Whether so much of the budget is left."""
-        return self.now() + seconds <= self._budget
-
-    def say(self, line: str) -> None:
-        print(f"[{self.now():6.1f} s] {line}", file=sys.stderr, flush=True)
-
-
 def run_model(
     preset: str, charts: list[str], ceiling: ReadCeiling, options: argparse.Namespace, clock: Clock
 ) -> int:
@@ -96,39 +79,17 @@ def run_model(
 def run_chart(
     name: str, timer: bench.Bench, ceiling: ReadCeiling, options: argparse.Namespace, clock: Clock
 ) -> int:
-    """Measures the chart's cases, writing the file after each; returns how many failed."""
+    """Measures the chart's cases; returns how many failed."""
     chart, path = CHARTS[name], options.output / f"decode_{name}.json"
-    rows: list[dict[str, Any]] = []
-    left_out: list[dict[str, str]] = []
-    longest: dict[str, float] = {}
-    missing: dict[str, str] = {}
-    failed = 0
+    recorder = Recorder(path, {"chart": name}, ceiling, clock)
     for case in map(shortened, chart.cases) if options.tiny else chart.cases:
-        implementation, started = case.implementation, clock.now()
-        reason = missing.get(implementation)
-        if reason is None and not clock.allows(longest.get(implementation, 0.0)):
-            reason = "the time was over"
-            clock.say(f"{name}: {case}: left out, {reason}")
-        if reason is None:
-            try:
-                rows += measured(chart, timer, case, rows)
-                clock.say(f"{name}: {case}: {spoken(rows)}")
-            except (DeviceError, UnknownImplementation) as error:
-                reason = missing[implementation] = str(error)
-                clock.say(f"{name}: no {implementation}: {error}")
-            except (RuntimeError, ValueError, TypeError) as error:
-                failed += 1
-                reason = f"failed: {type(error).__name__}: {error}".splitlines()[0]
-                clock.say(f"{name}: {case}: {reason}")
-            longest[implementation] = max(longest.get(implementation, 0.0), clock.now() - started)
-        if reason is not None:
-            left_out.append({"case": str(case), "reason": reason})
-        write(path, name, ceiling, rows, left_out)
-    clock.say(f"{name}: {path}, {len(rows)} rows, {len(left_out)} cases left out")
-    return failed
+        row = functools.partial(measured, chart, timer, case, recorder.rows)
+        recorder.measure(case, case.implementation, row, spoken)
+    recorder.close()
+    return recorder.failed
 
 
-class UnknownImplementation(ValueError):
+class UnknownImplementation(DeviceError):
     """An implementation that this version of jaxdecode does not have."""
 
 
@@ -165,38 +126,12 @@ def cost_model(timer: bench.Bench, row: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def spoken(rows: list[dict[str, Any]]) -> str:
-    """The last row in a line."""
-    row = rows[-1]
+def spoken(row: dict[str, Any]) -> str:
+    """The row in a line."""
     return (
         f"{bench_output.speed(row)} tok/s, {row['fraction_of_bound']:.1%} of the bound, "
         f"compiled in {row['compile_s']:.1f} s"
     )
-
-
-def write(
-    path: pathlib.Path, name: str, ceiling: ReadCeiling, rows: list[dict[str, Any]],
-    left_out: list[dict[str, str]],
-) -> None:  # fmt: skip
-    """Writes the results file, whole or not at all."""
-    content = {
-        "chart": name,
-        "source": source_hash(),
-        **bench_output.results(ceiling, rows),
-        "left_out": left_out,
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def tiny(config: LlamaConfig) -> LlamaConfig:
-    """A configuration of the same kind that any machine runs."""
-    group = config.num_q_heads // config.num_kv_heads
-    return dataclasses.replace(
-        config, vocab_size=128, embed_dim=64, ffw_dim=128, num_layers=2, num_q_heads=8,
-        num_kv_heads=8 // group, head_dim=128, bos_id=None, eos_ids=(),
-    )  # fmt: skip
 
 
 def shortened(case: Case) -> Case:
