@@ -23,10 +23,10 @@ from typing import Any
 
 import fastertransformer
 from decode_cases import CHARTS, Case, Chart
-from runs import Clock, Recorder, tiny
+from runs import Clock, Recorder, spoken_speed, tiny
 from source_hash import ROOT
 
-from jaxdecode import bench, bench_output
+from jaxdecode import bench
 from jaxdecode.errors import DeviceError
 from jaxdecode.models.config import PRESETS
 from jaxdecode.models.random_model import random_model
@@ -84,7 +84,7 @@ def run_chart(
     recorder = Recorder(path, {"chart": name}, ceiling, clock)
     for case in map(shortened, chart.cases) if options.tiny else chart.cases:
         row = functools.partial(measured, chart, timer, case, recorder.rows)
-        recorder.measure(case, case.implementation, row, spoken)
+        recorder.measure(case, case.implementation, row, spoken_speed)
     recorder.close()
     return recorder.failed
 
@@ -124,14 +124,6 @@ def cost_model(timer: bench.Bench, row: dict[str, Any]) -> list[dict[str, Any]]:
             "fraction_of_bound": rate / row["bound_tok_s"],
         }
     ]  # fmt: skip
-
-
-def spoken(row: dict[str, Any]) -> str:
-    """The row in a line."""
-    return (
-        f"{bench_output.speed(row)} tok/s, {row['fraction_of_bound']:.1%} of the bound, "
-        f"compiled in {row['compile_s']:.1f} s"
-    )
 
 
 def shortened(case: Case) -> Case:

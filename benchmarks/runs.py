@@ -114,6 +114,14 @@ class Recorder:
         )
 
 
+def spoken_speed(row: Row) -> str:
+    """A row of decoding in words."""
+    return (
+        f"{bench_output.speed(row)} tok/s, {row['fraction_of_bound']:.1%} of the bound, "
+        f"compiled in {row['compile_s']:.1f} s"
+    )
+
+
 def tiny(config: LlamaConfig) -> LlamaConfig:
     """A configuration of the same kind that any machine runs."""
     return dataclasses.replace(

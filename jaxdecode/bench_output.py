@@ -33,6 +33,7 @@ _COLORS = {
     "cudnn": "#4a9a50",
     "flash_decode_nosplit": "#a63d57",
 }
+_MODEL_COLOR = "#777777"
 
 
 def results(ceiling: ReadCeiling, rows: Rows) -> dict[str, Any]:
@@ -180,8 +181,8 @@ def _draw_lines(axes: Axes, rows: Rows, x: str) -> None:
                 if row["implementation"] == name and row["tok_s"] is not None
             )
             if points:
-                color = None if group else _COLORS.get(name)
-                style = "o:" if name.endswith("_model") else "o-"
+                style, other = ("o:", _MODEL_COLOR) if name.endswith("_model") else ("o-", None)
+                color = None if group else _COLORS.get(name, other)
                 axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}{suffix}")
 
 

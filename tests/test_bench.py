@@ -36,6 +36,7 @@ def dispatches(monkeypatch):
         seen.append((np.asarray(state.cache.lengths).tolist(), options))
         return decode_loop.decode(static, leaves, state, *rest, **options)
 
+    spy.lower = decode_loop.decode.lower
     monkeypatch.setattr(bench, "decode", spy)
     return seen
 
@@ -140,6 +141,21 @@ def test_nothing_is_compiled_while_the_clock_runs():
     with compilations() as counts:
         timer(shallow, tokens=5).decode([9], capacity=128)
     assert counts["jit(decode)"] == 1
+
+
+@pytest.mark.parametrize("mesh", [None, ("tensor", "seq")], ids=["one device", "mesh"])
+def test_a_dispatch_by_itself(dispatches, mesh):
+    """Each call starts at the same lengths, and what it runs can be read without compiling it."""
+    model = random_weights(CONFIG, mesh=mesh and jax.make_mesh((2, 2), mesh))
+    dispatch = timer(model, tokens=3).dispatch([5, 20], capacity=300)
+    assert (dispatch.choice.implementation, dispatch.capacity) == ("xla", 512 if mesh else 384)
+    assert all(dispatch() > 0 for _ in range(3))
+    assert [lengths for lengths, _ in dispatches] == [[5, 20]] * 3
+    with compilations() as counts:
+        hlo = dispatch.hlo()
+    assert counts == {}
+    assert hlo.startswith("HloModule jit_decode")
+    assert ("all-reduce" in hlo) == (mesh is not None)
 
 
 def test_the_cache_holds_random_numbers_and_the_lengths():
