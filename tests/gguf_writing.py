@@ -7,6 +7,9 @@ import struct
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
+from tiny_hf import hf_shapes
+
+from jaxdecode.models.config import LlamaConfig
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 
@@ -44,21 +47,15 @@ def metadata(**changed):
 def random_weights(seed=0, sizes=(D, N, K, H, F, V, L)):
     """Weights by Hugging Face's names without "model." and ".weight", rows first, float32."""
     D, N, K, H, F, V, L = sizes
+    config = LlamaConfig(
+        vocab_size=V, embed_dim=D, ffw_dim=F, num_layers=L, num_q_heads=N, num_kv_heads=K,
+        head_dim=H,
+    )  # fmt: skip
     rng = np.random.default_rng(seed)
-    shapes = {"embed_tokens": (V, D), "norm": (D,), "lm_head": (V, D)}
-    for i in range(L):
-        shapes |= {
-            f"layers.{i}.input_layernorm": (D,),
-            f"layers.{i}.self_attn.q_proj": (N * H, D),
-            f"layers.{i}.self_attn.k_proj": (K * H, D),
-            f"layers.{i}.self_attn.v_proj": (K * H, D),
-            f"layers.{i}.self_attn.o_proj": (D, N * H),
-            f"layers.{i}.post_attention_layernorm": (D,),
-            f"layers.{i}.mlp.gate_proj": (F, D),
-            f"layers.{i}.mlp.up_proj": (F, D),
-            f"layers.{i}.mlp.down_proj": (D, F),
-        }
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return {
+        name.removeprefix("model.").removesuffix(".weight"): rng.standard_normal(shape, np.float32)
+        for name, shape in hf_shapes(config).items()
+    }
 
 
 def ggml_tensors(weights, num_q_heads=N, num_kv_heads=K):

@@ -67,33 +67,19 @@ def test_window_is_mistrals():
     assert config_from_hf(null, PATH).window is None
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ],
-)
+REQUIRED = [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REQUIRED)
 def test_required_keys(key):
     with pytest.raises(ConfigError, match=f"config.json: {key} is missing"):
         parse(**{key: None})
 
 
 @pytest.mark.parametrize(
-    "key",
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-    ],
+    "key", [*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"]
 )
 @pytest.mark.parametrize("value", [0, -1, 2**40, 1.5, 4.0, "4", True, [4], {}])
 def test_sizes_out_of_range_are_named_as_in_the_file(key, value):

