@@ -104,11 +104,14 @@ def checked_sharding(config: LlamaConfig, mesh: Mesh) -> Sharding:
         raise RequestError(str(error)) from error
 
 
-def default_dtype(source: WeightSource) -> str:
-    """The dtype in which a model is loaded unless its user asks for another."""
+def default_dtype(source: WeightSource, platform: str | None = None) -> str:
+    """The dtype in which a model is loaded unless its user asks for another.
+
+    `platform` is where it will run; None: where JAX runs.
+    """
     if not source.quantised:
         return source.config.dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 def open_source(

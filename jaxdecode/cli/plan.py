@@ -134,6 +134,7 @@ def _model(
     report: Report, model: str | None, preset: str | None, platform: str
 ) -> tuple[str, LlamaConfig, str]:
     """Name, configuration and the dtype in which the weights are loaded unless told otherwise."""
+    from jaxdecode.checkpoint.loading import default_dtype
     from jaxdecode.cli import runtime
     from jaxdecode.models.config import PRESETS
 
@@ -143,10 +144,7 @@ def _model(
         return preset, PRESETS[preset], PRESETS[preset].dtype
     source = runtime.open_model(report, str(model))
     source.close()
-    # As loading does it where the model will run, which need not be here.
-    unpacked = "float32" if platform == "cpu" else "bfloat16"
-    own_dtype = unpacked if source.quantised else source.config.dtype
-    return str(source.path), source.config, own_dtype
+    return str(source.path), source.config, default_dtype(source, platform)
 
 
 def _sharding(work: Workload, device: DeviceModel, mesh: str | None, gpus: int | None) -> Sharding:
