@@ -17,11 +17,9 @@ from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import round_up_capacity
 from jaxdecode.models.llama import param_letters, param_shapes
 from jaxdecode.models.sharding import Sharding
+from jaxdecode.pallas_kernels import xla
 
 MAX_CONTEXT = 2**31 - 1  # positions are int32
-# The portable attention sizes its blocks of keys so that their temporaries stay below the first;
-# on CPU, and where the first leaves fewer than the third, it takes so many keys at a time.
-_BLOCK_BYTES, _CPU_BLOCK, _SMALLEST_BLOCK = 96 * 2**20, 512, 16
 # XLA gives a library's matrix product 32 MiB of scratch on Hopper; two may be in flight.
 _LIBRARY_BYTES = 2 * 32 * 2**20
 # Copies of the logits that sampling makes: penalised, sorted with their indices, summed up.
@@ -150,7 +148,8 @@ def _step_bytes(work: Workload, sharding: Sharding, platform: str) -> int:
     attention = 2 * (N + 2 * K) * H * work.itemsize + 4 * 4 * N * H
     feed_forward = 3 * F * work.itemsize
     stream = 6 * D * work.itemsize
-    blocks = _block_bytes(work.capacity(sharding) // sharding.parts("S"), B, T, N, K, H, platform)
+    S = work.capacity(sharding) // sharding.parts("S")
+    blocks = xla.block_bytes((B, T, N, H), (B, S, K, H), platform)
     step = B * T * stream + max(B * T * attention + blocks, B * T * feed_forward)
     if platform == "cpu":  # where the layers' float32 results do not share their memory
         step += config.num_layers * B * T * N * H * 4
@@ -158,10 +157,3 @@ def _step_bytes(work: Workload, sharding: Sharding, platform: str) -> int:
         S = work.capacity(sharding) // sharding.parts("S")
         step += B * S * K * H * work.cache_itemsize
     return step
-
-
-def _block_bytes(S: int, B: int, T: int, N: int, K: int, H: int, platform: str) -> int:
-    """Logits, weights and converted keys and values of one block in the portable attention."""
-    slot = 12 * B * N * T + 16 * B * K * H
-    most = _CPU_BLOCK if platform == "cpu" else S
-    return slot * min(S, most, max(_SMALLEST_BLOCK, _BLOCK_BYTES // slot))

@@ -17,9 +17,11 @@ from jaxdecode.pallas_kernels.combine import add_sinks
 from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
+Shape = tuple[int, ...]
 
 # Blocks are sized so that logits, weights and converted K/V of one block stay below this.
 _BLOCK_BYTES = 96 * 2**20
+_SMALLEST_BLOCK = 16
 # On CPU a loop step costs nothing, and small blocks stay in the cache and skip what nobody sees.
 _CPU_BLOCK = 512
 
@@ -219,10 +221,24 @@ def _add_slice(total, part, start):
     return lax.dynamic_update_slice_in_dim(total, part, start, 1)
 
 
+def block_bytes(q_shape: Shape, k_shape: Shape, platform: str) -> int:
+    """Bytes, at most, of the logits, weights and converted keys and values of one block.
+
+    Args:
+      q_shape, k_shape: of q and k as `attend` takes them.
+      platform: "cpu" or another of `jax.Device.platform`.
+    """
+    slot = _bytes_per_slot(q_shape, k_shape)
+    slots = min(k_shape[1], max(_SMALLEST_BLOCK, _BLOCK_BYTES // slot))
+    return slot * (min(slots, _CPU_BLOCK) if platform == "cpu" else slots)
+
+
 def _block_size(q, k):
-    B, T, N, H = q.shape
-    _, S, K, _ = k.shape
-    bytes_per_slot = 12 * B * N * T + 16 * B * K * H
-    block = max(16, _BLOCK_BYTES // bytes_per_slot)
+    block = max(_SMALLEST_BLOCK, _BLOCK_BYTES // _bytes_per_slot(q.shape, k.shape))
     # Powers of two make edges predictable and keep the last block's overlap small.
-    return min(S, 1 << (block.bit_length() - 1))
+    return min(k.shape[1], 1 << (block.bit_length() - 1))
+
+
+def _bytes_per_slot(q_shape, k_shape):
+    (B, T, N, H), (_, _, K, _) = q_shape, k_shape
+    return 12 * B * N * T + 16 * B * K * H
