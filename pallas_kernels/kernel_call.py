@@ -45,7 +45,8 @@ def _backward(forward, scale, softcap, out_dtype, residuals, cotangents):
     if sinks is not None:
         # A sink is a logit whose value is zero: only the normalisation feels it.
         delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse
-        weight = jnp.exp(sinks[None, None, :] - lse)
+        # Without a visible key and with a sink of -inf both are -inf, and their difference NaN.
+        weight = jnp.exp(sinks[None, None, :] - jnp.where(lse == -jnp.inf, 0.0, lse))
         d_sinks = -jnp.sum(weight * delta, axis=(0, 1))
     return ((dq, dk, dv, None, None, d_sinks, *[None] * len(rest)),)
 
