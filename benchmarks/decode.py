@@ -1,12 +1,14 @@
 """Decoding speed on one GPU, beside the bound of its memory: one results file per chart.
 
-    python benchmarks/decode.py depth capacity mha batch ragged [--output FOLDER] [--budget-s 900]
+    python benchmarks/decode.py depth capacity prompt mha batch ragged [--output FOLDER]
 
 Weights are random: speed does not depend on their values. Each row is the mean of some dispatches
 of the step that `jaxdecode.generate` runs, with the read ceiling measured before in the same run.
 Rows come in the order of their importance and the file is written after each, so a run that is cut
 short, or that the budget ends, leaves a usable file; "left_out" says what is missing and why. A row
-with "measured": false is a cost model (fastertransformer.py). Exit status 1 if a case failed.
+with "measured": false is a cost model (fastertransformer.py). The bound of a prompt is that of the
+matrix units: its operations at the rate of a large matrix product in the same run. Exit status 1 if
+a case failed.
 --tiny runs every case with a tiny model and short caches on any machine: it tests the script.
 """
 
@@ -22,15 +24,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastertransformer
+import jax
+import jax.numpy as jnp
 from decode_cases import CHARTS, Case, Chart
 from runs import Clock, Recorder, spoken_speed, tiny
 from source_hash import ROOT
+from timing import time_of
 
 from jaxdecode import bench
 from jaxdecode.errors import DeviceError
+from jaxdecode.memory import Workload
 from jaxdecode.models.config import PRESETS
 from jaxdecode.models.random_model import random_model
 from jaxdecode.read_bandwidth import METHODS, ReadCeiling, measure_read_ceiling
+from jaxdecode.roofline import prefill_flops
 
 _TINY_SCALE = 1024  # caches are so many times shorter with --tiny
 
@@ -83,7 +90,10 @@ def run_chart(
     chart, path = CHARTS[name], options.output / f"decode_{name}.json"
     recorder = Recorder(path, {"chart": name}, ceiling, clock)
     for case in map(shortened, chart.cases) if options.tiny else chart.cases:
-        row = functools.partial(measured, chart, timer, case, recorder.rows)
+        if case.step_size is None:
+            row = functools.partial(measured, chart, timer, case, recorder.rows)
+        else:
+            row = functools.partial(measured_prompt, timer, case)
         recorder.measure(case, case.implementation, row, spoken_speed)
     recorder.close()
     return recorder.failed
@@ -104,6 +114,38 @@ def measured(
     known = any(x["depth"] == row["depth"] and not x["measured"] for x in rows)
     modelled = cost_model(timer, row) if chart.cost_model and not known else []
     return [*modelled, row]
+
+
+def measured_prompt(timer: bench.Bench, case: Case) -> list[dict[str, Any]]:
+    """The row of prompts of one length."""
+    model, (tokens, *_) = timer.model, case.lengths
+    found = timer.prefill(tokens, len(case.lengths), case.implementation, step_size=case.step_size)
+    work = Workload(
+        config=model.config, context=tokens, batch=len(case.lengths), dtype=model.dtype.name
+    )
+    flops, peak = prefill_flops(work, model.sharding), matmul_flop_s(model.config.embed_dim)
+    bound = tokens * len(case.lengths) * peak / flops
+    fraction = None if found.tok_s is None else found.tok_s / bound
+    return [
+        dataclasses.asdict(found) | {
+            "bound_tok_s": bound, "fraction_of_bound": fraction, "step_size": case.step_size,
+            "flops": flops, "matmul_tflop_s": peak / 1e12, "measured": True,
+        }
+    ]  # fmt: skip
+
+
+@functools.cache
+def matmul_flop_s(size: int) -> float:
+    """Operations per second of the product of two square bfloat16 matrices of random numbers."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    multiply = jax.jit(lambda x, y: x @ y)
+
+    def rotate(times: int) -> None:
+        for _ in range(times):
+            last = multiply(x, x)
+        jax.block_until_ready(last)
+
+    return 2 * size**3 / time_of(rotate)
 
 
 def cost_model(timer: bench.Bench, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -130,7 +172,7 @@ def shortened(case: Case) -> Case:
     """The case with --tiny; a given capacity keeps room for the tokens."""
     lengths = tuple(max(1, length // _TINY_SCALE) for length in case.lengths)
     capacity = None if case.capacity is None else 4 * case.capacity // _TINY_SCALE
-    return Case(lengths, case.implementation, capacity)
+    return Case(lengths, case.implementation, capacity, case.step_size)
 
 
 if __name__ == "__main__":

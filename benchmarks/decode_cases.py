@@ -20,16 +20,19 @@ class Case:
       lengths: tokens in the cache of each sequence at the start.
       implementation: of attention.
       capacity: of the cache; None for just enough.
+      step_size: None to decode. Else the lengths are those of prompts, so many tokens at a time.
     """
 
     lengths: tuple[int, ...]
     implementation: str
     capacity: int | None = None
+    step_size: int | None = None
 
     def __str__(self) -> str:
         low, high = min(self.lengths), max(self.lengths)
         depth = str(low) if low == high else f"{low}..{high}"
-        return f"{self.implementation}, batch {len(self.lengths)}, depth {depth}"
+        what = "depth" if self.step_size is None else f"{self.step_size} at a time of a prompt of"
+        return f"{self.implementation}, batch {len(self.lengths)}, {what} {depth}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,5 +110,15 @@ CHARTS = {
     "ragged": Chart(
         "llama-3.1-8b", "Llama-3.1-8B, 32 sequences of 512 to 16k tokens", None,
         tuple(Case(RAGGED, name) for name in ALL) + _at_depths((EVEN,), ALL, batch=32),
+    ),
+    "prompt": Chart(
+        "codellama-34b", "CodeLlama-34B, bfloat16, time to the first token of a prompt", None,
+        tuple(
+            Case((length,), name, step_size=step)
+            for length, name, step in (
+                (8 * K, OURS, 2 * K), (8 * K, OURS, 512), (512, OURS, 512), (2 * K, OURS, 2 * K),
+                (32 * K, OURS, 2 * K), (8 * K, XLA, 2 * K), (64 * K, OURS, 2 * K),
+            )
+        ),
     ),
 }  # fmt: skip

@@ -157,19 +157,23 @@ class Bench:
         )
         return Dispatch(self.model, lengths, implementation, choice, slots, self.tokens)
 
-    def prefill(self, prompt_tokens: int, batch: int = 1, implementation: str = "auto") -> Row:
+    def prefill(
+        self, prompt_tokens: int, batch: int = 1, implementation: str = "auto", *,
+        step_size: int = PREFILL_STEP_SIZE,
+    ) -> Row:  # fmt: skip
         """Times `generate` from the prompts' ids to the logits of their first tokens.
 
         Args:
           prompt_tokens: of each of `batch` prompts.
           implementation: of attention, one of NAMES but flash_decode_nosplit.
+          step_size: tokens of each prompt that go through the model at once.
         """
         check_range("prompt_tokens", prompt_tokens, 1, MAX_DEPTH)
         check_range("batch", batch, 1, MAX_BATCH)
         if implementation == NO_SPLIT:
             raise RequestError(f"{NO_SPLIT} is for decoding; a prompt goes through flash_decode")
         cache = self.model.init_cache(batch, prompt_tokens + 1)
-        capacity, width = cache.capacity, min(prompt_tokens, PREFILL_STEP_SIZE)
+        capacity, width = cache.capacity, min(prompt_tokens, step_size)
         config = self.model.config
         choice = choose_attention(
             config, self.model.dtype, implementation, self.model.sharding, batch, capacity, width
@@ -180,6 +184,7 @@ class Bench:
             result, *_ = generate(
                 self.model, None, prompts, SamplingParams(max_tokens=1, ignore_eos=True),
                 cache=cache, implementation=None if implementation == "auto" else implementation,
+                prefill_step_size=step_size,
             )  # fmt: skip
             cache = result.cache.truncate(0)
             compiling = 0.0 if seconds else result.stats.compile_seconds
@@ -251,7 +256,7 @@ class Dispatch:
 
     def hlo(self) -> str:
         """The program that runs, as XLA compiled it."""
-        return decode.lower(*self._operands(), **self._options).compile().as_text()
+        return decode.lower(*self._operands(), **self._options).compile().as_text() or ""
 
     def _operands(self) -> tuple[Any, ...]:
         return self._split.static, self._split.leaves, self._state, *self._sampling

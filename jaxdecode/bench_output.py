@@ -181,8 +181,9 @@ def _draw_lines(axes: Axes, rows: Rows, x: str) -> None:
                 if row["implementation"] == name and row["tok_s"] is not None
             )
             if points:
-                style, other = ("o:", _MODEL_COLOR) if name.endswith("_model") else ("o-", None)
-                color = None if group else _COLORS.get(name, other)
+                modelled = name.endswith("_model")
+                color = None if group else _COLORS.get(name, _MODEL_COLOR if modelled else None)
+                style = "o:" if modelled else "o-"
                 axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}{suffix}")
 
 

@@ -40,6 +40,7 @@ _SMALLEST_BUCKET = 16
 def generate(
     model: Llama, tokenizer: Any, prompts: Any, params: SamplingParams | None = None, *,
     cache: KVCache | None = None, implementation: str | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
 ) -> list[Result]:  # fmt: skip
     """Continues one prompt or a batch of prompts of different lengths.
 
@@ -56,6 +57,7 @@ def generate(
         Over a mesh, batch is a multiple of the axis `data`, and rows without a prompt stay empty.
         It is donated: use the one in the results from then on. None: just enough room.
       implementation: of attention, see `jaxdecode.decode_attention`.
+      prefill_step_size: tokens of each prompt in a chunk of prefill, a power of two >= 16.
 
     Returns:
       One Result per prompt, in order.
@@ -68,14 +70,14 @@ def generate(
     """
     params = params or SamplingParams()
     with _explained(model, tokenizer, prompts, params, cache):
-        return _finish(_Run(model, tokenizer, prompts, params, cache, implementation))
-
-
-def _finish(run: _Run) -> list[Result]:
-    run.prefill()
-    while not run.finished:
-        run.decode(TOKENS_PER_DISPATCH)
-    return run.results()
+        run = _Run(
+            model, tokenizer, prompts, params, cache, implementation, sizes=(prefill_step_size,)
+        )
+        run.check_step_size(prefill_step_size)
+        run.prefill(prefill_step_size)
+        while not run.finished:
+            run.decode(TOKENS_PER_DISPATCH)
+        return run.results()
 
 
 def stream_generate(
@@ -90,7 +92,6 @@ def stream_generate(
 
     Args:
       tokens_per_dispatch: tokens that come together; more are faster in all, fewer come sooner.
-      prefill_step_size: prompt tokens per chunk of prefill, a power of two >= 16.
       on_prefill: called with (tokens done, tokens in all) after each chunk of the prompt.
     """
     if not 1 <= tokens_per_dispatch <= MAX_TOKENS_PER_DISPATCH:
@@ -219,7 +220,7 @@ class _Run:
                 f"found {step_size}"
             )
 
-    def prefill(self, step_size: int = PREFILL_STEP_SIZE, on_prefill: Any = None) -> None:
+    def prefill(self, step_size: int, on_prefill: Any = None) -> None:
         """Runs the prompts, `step_size` tokens of each at a time."""
         lengths = self._per_row([len(row.prompt) for row in self.rows], idle=0)
         longest = int(lengths.max())

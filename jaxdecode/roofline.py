@@ -63,7 +63,7 @@ def speed(work: Workload, sharding: Sharding, speeds: Speeds, devices_per_host: 
         bytes_per_step=num_bytes,
         bound_tok_s=work.batch / bound,
         predicted_tok_s=work.batch / (bound + layers + talking),
-        prefill_seconds=_prefill_flops(work, sharding) / (speeds.tflop_s * 1e12),
+        prefill_seconds=prefill_flops(work, sharding) / (speeds.tflop_s * 1e12),
     )
 
 
@@ -123,8 +123,9 @@ def _decode_flops(work: Workload, sharding: Sharding) -> int:
     return matrices + 4 * group * _cached_numbers(work, sharding)
 
 
-def _prefill_flops(work: Workload, sharding: Sharding) -> int:
-    """Every token through every matrix but the head, and to all tokens before it."""
+def prefill_flops(work: Workload, sharding: Sharding) -> int:
+    """Operations on one device for prompts that fill the cache: every token goes through every
+    matrix but the head, and attends to all tokens before it."""
     config, B = work.config, work.rows(sharding)
     head = config.embed_dim * config.vocab_size // sharding.parts("V")
     weights = num_weights(config, sharding, read=True) - head

@@ -12,6 +12,7 @@ from naive_llama import CONFIG, random_model
 from jaxdecode.errors import RequestError
 from jaxdecode.generation import generate, stream_generate
 from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.sampling import SamplingParams
 
 TALK = [{"role": "user", "content": "a"}]
 
@@ -102,6 +103,16 @@ def test_stop_strings_need_a_tokenizer():
 def test_streaming_checks_its_sizes(arguments, message):
     with pytest.raises(RequestError, match=message):
         stream([1], **arguments)
+
+
+def test_a_batch_of_prompts_goes_in_pieces_of_the_size_asked_for():
+    prompts = [list(range(1, 40)), [5]]
+    params = SamplingParams(max_tokens=3)
+    whole = generate(random_model(), None, prompts, params)
+    pieces = generate(random_model(), None, prompts, params, prefill_step_size=16)
+    assert [x.tokens for x in pieces] == [x.tokens for x in whole]
+    with pytest.raises(RequestError, match="a power of two from 16, found 17"):
+        generate(random_model(), None, prompts, params, prefill_step_size=17)
 
 
 def test_streaming_takes_one_prompt_and_checks_before_it_is_read():
