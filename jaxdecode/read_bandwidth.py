@@ -18,6 +18,7 @@ import numpy as np
 from jaxdecode.errors import RequestError
 from jaxdecode.models.random_model import random_array
 from jaxdecode.pallas_kernels import flash_decode
+from jaxdecode.pallas_kernels.split_config import NUM_SMS
 
 Array = jax.Array
 
@@ -118,11 +119,11 @@ def _readers(method: str, x: Array) -> list[tuple[str, int, Callable[[], Array]]
     if method == "matvec":
         v = jnp.ones(_WIDTH, x.dtype)
         return [("matvec", 1, lambda: _matvec(v, x))]
-    from jaxdecode.pallas_kernels.read_kernel import NUM_BLOCKS, read_sums
+    from jaxdecode.pallas_kernels.read_kernel import read_sums
 
     return [
-        ("tma", 1, lambda: read_sums(x, num_blocks=NUM_BLOCKS)),
-        ("tma2", 1, lambda: read_sums(x, num_blocks=2 * NUM_BLOCKS)),
+        ("tma", 1, lambda: read_sums(x, num_blocks=NUM_SMS)),
+        ("tma2", 1, lambda: read_sums(x, num_blocks=2 * NUM_SMS)),
     ]
 
 

@@ -14,17 +14,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxdecode.pallas_kernels.split_config import NUM_SMS
+
 COLUMNS = 128
 TILE_ROWS = 64
 # Tiles in flight: 96 KB in bfloat16, so that two blocks fit into a multiprocessor's 227 KB.
 _STAGES = 6
-# One per multiprocessor of an H100 or H200.
-NUM_BLOCKS = 132
 _ADDED_ROWS = 8
 
 
 @functools.partial(jax.jit, static_argnames="num_blocks")
-def read_sums(x: jax.Array, *, num_blocks: int = NUM_BLOCKS) -> jax.Array:
+def read_sums(x: jax.Array, *, num_blocks: int = NUM_SMS) -> jax.Array:
     """Reads all of x once and returns sums that every element is part of.
 
     Args:

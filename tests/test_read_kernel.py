@@ -12,7 +12,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecode.pallas_kernels.read_kernel import NUM_BLOCKS, read_sums
+from jaxdecode.pallas_kernels.read_kernel import read_sums
+from jaxdecode.pallas_kernels.split_config import NUM_SMS
 from jaxdecode.read_bandwidth import measure_read_ceiling
 
 
@@ -40,7 +41,7 @@ def test_every_element_is_read_once(interpreter, tiles, num_blocks, dtype):
     np.testing.assert_allclose(column_sums(x, num_blocks), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_blocks", [NUM_BLOCKS, 2 * NUM_BLOCKS])
+@pytest.mark.parametrize("num_blocks", [NUM_SMS, 2 * NUM_SMS])
 def test_lowers_for_cuda(num_blocks):
     x = jax.ShapeDtypeStruct((15_990_784, 128), jnp.bfloat16)
     traced = jax.jit(lambda x: read_sums(x, num_blocks=num_blocks)).trace(x)
@@ -57,7 +58,7 @@ def test_other_shapes_are_refused(shape):
 def test_gpu_reads_every_element():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64 * 5000, 128)), jnp.bfloat16)
     expected = np.asarray(x, np.float64).sum(axis=0)
-    for num_blocks in (NUM_BLOCKS, 2 * NUM_BLOCKS):
+    for num_blocks in (NUM_SMS, 2 * NUM_SMS):
         np.testing.assert_allclose(column_sums(x, num_blocks), expected, atol=0.05)
 
 
