@@ -6,10 +6,10 @@ V vocabulary, D model width, F feed-forward width, L layers, N query heads, K KV
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 RopeKind = Literal["linear", "llama3", "yarn"]
-ROPE_KINDS: tuple[str, ...] = ("linear", "llama3", "yarn")
+ROPE_KINDS: tuple[str, ...] = get_args(RopeKind)
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
 
@@ -27,6 +27,9 @@ class RopeScaling:
       beta_fast, beta_slow: yarn only; rotations at which stretching begins and is complete.
       attention_factor: yarn only; multiplies cos and sin. None: 0.1 ln(factor) + 1.
       truncate: yarn only; round the correction range to whole dimensions.
+
+    Raises:
+      ValueError: a value is out of range or missing; the message names the field.
     """
 
     kind: RopeKind

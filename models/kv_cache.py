@@ -18,7 +18,7 @@ from jaxdecode.pallas_kernels import Part
 
 Array = jax.Array
 
-# Kernels read the cache in blocks of this many slots, and shards are dealt so many at a time.
+# Shards are dealt so many slots at a time. The tiles in which kernels read the cache divide it.
 BLOCK = 128
 
 
@@ -47,7 +47,12 @@ class KVCache:
         cls, config: LlamaConfig, batch_size: int, capacity: int, dtype: jnp.dtype | str,
         sharding: Sharding | None = None,
     ) -> KVCache:  # fmt: skip
-        """An empty cache. `capacity` is rounded up to a multiple of 128 slots on each device."""
+        """An empty cache. `capacity` is rounded up to a multiple of 128 slots on each device.
+
+        Raises:
+          ValueError: batch_size or capacity is below 1, or the mesh axis data does not divide
+            batch_size.
+        """
         if batch_size < 1 or capacity < 1:
             raise ValueError(
                 f"batch_size and capacity must be at least 1, found {batch_size} and {capacity}"
@@ -80,7 +85,7 @@ class KVCache:
         return self.lengths > self.capacity
 
     def append(
-        self, layer: int, k: Array, v: Array, num_tokens: Array, part: Array | int = 0
+        self, layer: int, k: Array, v: Array, num_tokens: Array, index: Array | int = 0
     ) -> KVCache:
         """Writes one layer's new tokens behind each sequence. Call `advance` once after all layers.
 
@@ -90,11 +95,11 @@ class KVCache:
           layer: which layer.
           k, v: [B, T, K, H], right-padded.
           num_tokens: [B] int32, how many of the T are real; the rest is not written.
-          part: index of this device's part.
+          index: of this device's part.
         """
         B, T, _, _ = k.shape
         offset = jnp.arange(T, dtype=jnp.int32)[None, :]
-        slot, mine = self.part(part).slot(self.lengths[:, None] + offset)
+        slot, mine = self.part(index).slot(self.lengths[:, None] + offset)
         # Slots from S on are dropped: padding goes there, and so does what overflows.
         # A dynamic_update_slice would clamp instead, over the newest tokens.
         slot = jnp.where(mine & (offset < num_tokens[:, None]), slot, self.capacity + offset)

@@ -48,7 +48,7 @@ class Step:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, computed in float32."""
+    """x / rms(x) * scale for x [B, T, D]; the mean square is taken in float32."""
 
     def __init__(self, config: LlamaConfig, dtype: Any):
         self.scale = nnx.Param(jnp.ones(config.embed_dim, dtype))
@@ -57,7 +57,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * _wide(self.scale, x)
+        normal = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
+        return normal * self.scale[...][None, None, :]
 
 
 class Attention(nnx.Module):
@@ -140,7 +141,12 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A LLaMA decoder. `Llama(config)` has random weights, `jaxdecode.load` reads real ones."""
+    """A LLaMA decoder. `Llama(config)` has random weights, `jaxdecode.load` reads real ones.
+
+    Args:
+      rngs: for the weights; nnx.Rngs(0) when None.
+      dtype: of the weights; the configuration's own when None.
+    """
 
     sharding: Sharding = Sharding()
 
@@ -192,7 +198,7 @@ class Llama(nnx.Module):
         self, tokens: Array, cache: KVCache, num_tokens: Array, *,
         last: bool, implementation: str | None, num_splits: int | None,
     ) -> tuple[Array, KVCache]:  # fmt: skip
-        """The step on one device; logits [B, T, V] of its part of the vocabulary."""
+        """The step on one device; logits [B, T or 1, V] of its part of the vocabulary."""
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         cos, sin = rope_table(self.config, positions)
         step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding)
@@ -240,6 +246,9 @@ class Llama(nnx.Module):
 
         With `sharding`, from `fit_mesh`, each weight should lie as `sharding.named` of its letters
         in `param_letters` says, or every step moves it there.
+
+        Raises:
+          ValueError: a weight is missing, unknown or of another shape.
         """
         shapes = param_shapes(config)
         for name in sorted(shapes.keys() | params.keys()):
@@ -347,10 +356,6 @@ def _check_call(
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: Any) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
-
-
-def _wide(scale: nnx.Param, x: Array) -> Array:
-    return scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Flash-Decoding on a GPU, host side: what the kernels can do, their sizes, and their gradient.
+"""Flash-Decoding on a GPU, host side: what the kernels can do and where, and their call.
 
 B batch, T query tokens, S capacity, N query heads, K KV heads, G = N // K, H head_dim.
 """

@@ -141,6 +141,10 @@ def sharded_decode_attention(
 
     Returns:
       As `decode_attention`; cut like q over batch_axis and head_axis, equal over seq_axis.
+
+    Raises:
+      ValueError: an axis is not in the mesh, is named twice, or does not divide what it cuts; block
+        does not divide S / n. And what `decode_attention` raises.
     """
     scale = checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
     out_dtype = checked_out_dtype(q, out_dtype)
