@@ -22,10 +22,9 @@ _BY_NAME = (
         re.compile(r"^(?!gemm_fusion).*(gem[mv]|nvjet|cutlass|cublas|splitk)", re.IGNORECASE),
     ),
 )
-_COMPUTATION = re.compile(r"^%?([\w.-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _FUSION = re.compile(r"%?([\w.-]+) = .* fusion\(.*calls=%?([\w.-]+)")
-# The portable attention is a jitted function of this name.
-_ATTENTION_PART = re.compile(r'op_name="[^"]*jit\(attend\)')
+_ATTENTION_PART = re.compile(r'op_name="[^"]*/portable_attention/')
 # A product that XLA made a multiplication and a sum, or cut in parts and summed, is a reduction.
 _PRODUCT = re.compile(r' dot\(| reduce\(.*op_name="[^"]*dot_general')
 

@@ -27,6 +27,7 @@ _CPU_BLOCK = 512
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "softcap"), inline=True)
+@jax.named_scope("portable_attention")  # so that a profile tells its products from a model's
 def attend(
     q: Array, k: Array, v: Array, lo: Array, hi: Array, *,
     scale: float, softcap: float | None = None, sinks: Array | None = None,

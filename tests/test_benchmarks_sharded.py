@@ -1,0 +1,347 @@
+"""benchmarks/sharded.py with tiny models on virtual devices: its rows, and what it leaves out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdecode import bench, roofline
+from jaxdecode.device_model import DEVICES
+from jaxdecode.memory import Workload
+from jaxdecode.models.config import PRESETS
+from jaxdecode.models.sharding import fit
+from jaxdecode.read_bandwidth import ReadCeiling
+
+H200 = DEVICES["h200"]
+TINY = ("--tiny", "--tokens", "2", "--repetitions", "1", "--read-methods", "copy")
+CEILING = ReadCeiling(1e12, "copy", {"copy": 1e12}, 1)
+
+
+@pytest.fixture
+def script(project_root, monkeypatch):
+    """script(name) imports a module of benchmarks/."""
+    monkeypatch.syspath_prepend(project_root / "benchmarks")
+    # The script gives it a value, for its own process.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    return importlib.import_module
+
+
+@pytest.fixture
+def sharded(script):
+    return script("sharded")
+
+
+@pytest.fixture
+def ops(script):
+    return script("sharded_ops")
+
+
+def run(sharded, tmp_path, *arguments) -> tuple[int, dict[str, dict]]:
+    """The exit status, and the results by part."""
+    status = sharded.main([*arguments, *TINY, "--output", str(tmp_path)])
+    files = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert all(name == f"sharded_{results['part']}.json" for name, results in files.items())
+    return status, {results["part"]: results for results in files.values()}
+
+
+def planned(sharded, *arguments, devices=8, device=H200):
+    """A run that is not made: of so many H200s."""
+    made = sharded.Run(sharded.parse(arguments), None, jax.devices()[:devices], CEILING)
+    made.device = device
+    return made
+
+
+def reasons(results) -> dict[str, str]:
+    return {line["case"]: line["reason"] for line in results["left_out"]}
+
+
+# Models
+def test_parts_share_models_and_rows(sharded, tmp_path, script, monkeypatch, capsys):
+    monkeypatch.setattr(sharded, "of_device", lambda device: H200)
+    timed = []
+    decode = bench.Bench.decode
+
+    def spy(self, lengths, *arguments, **options):
+        timed.append((self.model.sharding.num_devices, lengths))
+        return decode(self, lengths, *arguments, **options)
+
+    monkeypatch.setattr(bench.Bench, "decode", spy)
+    status, files = run(sharded, tmp_path, "depth", "scaling", "--devices", "2")
+    assert status == 0
+    # The mesh that both parts have comes once, and its cases are measured once.
+    said = capsys.readouterr().err
+    assert [said.count(f"34b, {mesh}: random") for mesh in ("tensor=2", "one device")] == [1, 1]
+    assert sorted(devices for devices, lengths in timed if lengths == [64]) == [1, 2]
+    depth, scaling = files["depth"], files["scaling"]
+    for results in (depth, scaling):
+        for key in ("device", "jax", "source", "date", "read_peak_tb_s"):
+            assert results[key]
+        assert results["source"] == script("source_hash").source_hash()
+    by_depth = {row["depth"]: row for row in depth["rows"]}
+    assert list(by_depth) == [1, 64, 8, 128]
+    rows = {(row["devices"], row["depth"]): row for row in scaling["rows"]}
+    assert list(rows) == [(2, 1), (2, 8), (2, 64), (1, 1), (1, 8), (1, 64)]
+    assert rows[2, 64] == by_depth[64]
+    assert {n: rows[n, 8]["mesh"] for n in (1, 2)} == {1: "", 2: "tensor=2"}
+    # What this machine lacks is named: two kinds of devices, and the kernels.
+    assert {reason for case, reason in reasons(scaling).items() if "tensor=4" in case} == {
+        "it needs 4 devices, and there are 2"
+    }
+    assert len(reasons(scaling)) == 6
+    assert all("need an NVIDIA Hopper GPU" in reason for reason in reasons(depth).values())
+    check_row(script, rows[2, 8], scaling["read_peak_tb_s"])
+
+
+def check_row(script, row, read_peak):
+    """The row follows from its own numbers, and the planner's prediction stands in it."""
+    assert row["bound_tok_s"] == pytest.approx(1e12 * read_peak / row["bytes_per_step"])
+    assert row["fraction_of_bound"] == pytest.approx(row["tok_s"] / row["bound_tok_s"])
+    assert (row["model"], row["num_layers"], row["implementation"]) == ("codellama-34b", 2, "xla")
+    config = script("runs").tiny(PRESETS["codellama-34b"])
+    work = Workload(config=config, context=8 + 1, dtype="bfloat16")
+    speed = roofline.speed(work, fit(config, {"tensor": 2}), H200.speeds)
+    assert row["predicted_tok_s"] == speed.predicted_tok_s
+
+
+def test_layers_are_itemised(sharded, tmp_path, monkeypatch):
+    """Kernel names as a GPU gives them, on top of a step that runs here."""
+
+    def kernels(dispatch):
+        dispatch()
+        fusions = sharded.items_of_fusions(dispatch.hlo())
+        own = [next(name for name, item in fusions.items() if item == "matvecs")]
+        return [(name, 8e-6) for name in [*own, "ncclDevKernel_AllReduce_x(int)", "a_2", "a_3"]]
+
+    monkeypatch.setattr(sharded, "cupti_kernels", kernels)
+    status, files = run(sharded, tmp_path, "layers", "--devices", "2")
+    assert status == 0
+    short, long = files["layers"]["rows"]
+    assert (short["depth"], long["depth"], short["mesh"]) == (1, 64, "tensor=2")
+    # 8 us on 2 devices, over 2 layers and 2 tokens.
+    assert short["items_us"] == pytest.approx(
+        {"matvecs": 1, "attention": 0, "collectives": 1, "rest": 2}
+    )
+    assert short["idle_us"] == pytest.approx(short["us"] - 4)
+    assert [(k["name"], k["item"], k["us"]) for k in short["kernels"][:1]] == [
+        ("a", "rest", pytest.approx(2))
+    ]
+    assert short["kernels"][0]["per_layer"] == 0.25
+
+
+def test_without_cupti_layers_say_so(sharded, tmp_path):
+    status, files = run(sharded, tmp_path, "layers", "--devices", "1")
+    assert (status, files["layers"]["rows"]) == (0, [])
+    assert any("need CUPTI" in reason for reason in reasons(files["layers"]).values())
+
+
+def test_a_budget_that_is_over_makes_no_model(sharded, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded, "random_model", lambda *_, **__: pytest.fail("made a model"))
+    status, files = run(sharded, tmp_path, "million", "--budget-s", "-1")
+    assert (status, files["million"]["rows"]) == (0, [])
+    assert set(reasons(files["million"]).values()) == {"the time was over"}
+
+
+def test_a_case_that_fails_is_named_and_the_others_go_on(sharded, tmp_path, monkeypatch):
+    def fail(self, lengths, *arguments, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: no room\nsecond line")
+
+    monkeypatch.setattr(bench.Bench, "decode", fail)
+    status, files = run(sharded, tmp_path, "scaling", "--devices", "1")
+    assert status == 1
+    assert (
+        list(reasons(files["scaling"]).values())[:3]
+        == ["failed: RuntimeError: RESOURCE_EXHAUSTED: no room"] * 3
+    )
+
+
+def test_options(sharded, capsys):
+    assert sharded.parse([]).parts == list(sharded.PARTS)
+    assert sharded.__doc__.count("\n    ") > len(sharded.PARTS)
+    assert all(f"\n    {part} " in sharded.__doc__ for part in sharded.PARTS)
+    with pytest.raises(SystemExit):
+        sharded.parse(["depth", "width"])
+    assert "PART must be one of depth, layers" in capsys.readouterr().err
+
+
+# Planning
+@pytest.mark.parametrize(
+    ("devices", "memory", "layers"),
+    [(2, 138e9, 48), (2, 112e9, 40), (4, 112e9, 48), (1, 112e9, 20)],
+)
+def test_a_million_tokens_take_as_many_layers_as_fit(sharded, devices, memory, layers):
+    device = dataclasses.replace(H200, memory=int(memory))
+    made = planned(sharded, "million", devices=devices, device=device)
+    _, case = made.jobs()[0]
+    config = case.setup.config
+    assert (case.depth, config.num_layers, config.num_kv_heads) == (1_000_000, layers, 8)
+    assert made.obstacle(case) is None
+    if layers == 48:
+        assert case.setup.model == "codellama-34b"
+    else:
+        assert case.setup.model == f"codellama-34b, {layers} of 48 layers"
+        more = dataclasses.replace(config, num_layers=layers + 1)
+        setup = dataclasses.replace(case.setup, config=more)
+        more_layers = dataclasses.replace(case, setup=setup)
+        assert "does not fit into memory: weights" in made.obstacle(more_layers)
+
+
+def test_models_that_do_not_fit_are_left_out(sharded):
+    small = dataclasses.replace(H200, memory=40 * 10**9)
+    made = planned(sharded, "scaling", devices=4, device=small)
+    found = {case.devices: made.obstacle(case) for _, case in made.jobs()}
+    assert found[4] is None
+    assert "it would fit on" in found[1]
+    assert found[8] == "it needs 8 devices, and there are 4"
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_left_out(sharded):
+    made = planned(sharded, "depth", devices=3)
+    assert all("tensor=3 does not divide" in made.obstacle(case) for _, case in made.jobs())
+    made = planned(sharded, "depth", "--tensor", "2", devices=3)
+    assert {case.setup.mesh for _, case in made.jobs()} == {"tensor=2"}
+    assert made.obstacle(made.jobs()[0][1]) is None
+
+
+def test_models_come_one_after_the_other(sharded):
+    jobs = planned(sharded).jobs()
+    setups = [case.setup for _, case in jobs]
+    changes = [b for a, b in zip([object(), *setups], setups, strict=False) if a != b]
+    assert len(changes) == len(set(setups))
+    assert {part for part, _ in jobs} == set(sharded.PARTS)
+
+
+# Cases
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
+def test_every_part_has_each_case_once(script, devices):
+    cases = script("sharded_cases")
+    setup = cases.spread(devices)
+    assert setup.devices == devices
+    parts = {
+        "depth": cases.depth_cases(setup, "flash_decode"),
+        "layers": cases.layer_cases(setup, "flash_decode"),
+        "million": cases.million_cases(setup, devices, "flash_decode"),
+        "scaling": cases.scaling_cases(devices, "flash_decode"),
+        "attention": cases.attention_cases(devices),
+        "collectives": cases.collective_cases(
+            devices, {"all_reduce": ("psum",), "all_gather": ("a",), "all_to_all": ("b",)}
+        ),
+    }
+    for found in parts.values():
+        assert len(set(found)) == len(found) == len(set(map(str, found)))
+    assert {case.depth for case in parts["depth"]} == {2**i for i in range(9, 18)}
+    assert {1, 2, 4, 8, devices} == {case.devices for case in parts["scaling"]}
+    # The programs of a model: rooms of ours and of unsplit attention, and the depths of XLA's.
+    programs = {(c.implementation, c.room or c.depth) for c in parts["depth"]}
+    assert len(programs) == 2 + 1 + 4
+    # What needs no program that the first part has not compiled.
+    assert {(c.implementation, c.room or c.depth) for c in parts["layers"]} <= programs
+    smallest = min(case.devices for case in parts["collectives"])
+    assert smallest == 2
+
+
+def test_the_collectives_have_the_sizes_of_the_model(script):
+    cases = script("sharded_cases")
+    names = {"all_reduce": ("psum", "peer"), "all_gather": ("a",), "all_to_all": ("b",)}
+    found = cases.collective_cases(4, names)
+    sizes = {case.bytes for case in found if case.collective == "all_reduce"}
+    assert (min(sizes), max(sizes)) == (2048, 8 * 2**20)
+    assert [case.implementation for case in found[:2]] == ["psum", "peer"]
+    # As the planner counts what the model sends in each layer.
+    config = dataclasses.replace(PRESETS["codellama-34b"], num_kv_heads=1)
+    work = Workload(config=config, context=1, dtype="bfloat16")
+    sent = roofline.collectives(work, fit(config, {"seq": 4}))
+    all_reduce, heads, partials = (each.bytes for each in sent[:3])
+    size = {case.collective: case.bytes for case in found if case.collective != "all_reduce"}
+    assert found[0].bytes * 2 * 3 / 4 == all_reduce
+    assert size["all_gather"] * 3 == heads
+    assert size["all_to_all"] * 3 / 4 == partials
+
+
+# Operations
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 16])
+def test_sums_of_shares_have_no_error(ops, n):
+    shares = ops.shares_of(n)
+    assert (len(shares), shares.sum()) == (n, -1)
+    assert (shares < 0).all()
+    for total in (1, 2, 3):
+        parts = total * shares.astype(jnp.bfloat16)
+        added = np.cumsum(parts, dtype=jnp.bfloat16)
+        assert added[-1] == -total
+
+
+@pytest.mark.parametrize("collective", ["all_reduce", "all_gather", "all_to_all"])
+@pytest.mark.parametrize("n", [3, 4])
+def test_a_collective_is_timed(ops, script, collective, n):
+    (name,) = ops.implementations()[collective]
+    case = script("sharded_cases").CollectiveCase(collective, name, n, 768)
+    row = ops.collective_row(case, jax.devices(), H200.speeds, rounds=2)
+    assert (row["collective"], row["devices"], row["implementation"]) == (collective, n, name)
+    assert row["bytes"] == 768
+    assert row["chain_us"] > 0
+    assert row["us"] < row["chain_us"]
+    times = {"all_reduce": 2 * (n - 1) / n, "all_gather": n - 1, "all_to_all": (n - 1) / n}
+    link = 1e6 * times[collective] * 768 / (H200.speeds.link_gb_s * 1e9)
+    assert row["predicted_us"] == pytest.approx(H200.speeds.collective_us + link)
+    json.dumps(row)
+
+
+def test_a_collective_that_loses_something_gets_no_time(ops, script):
+    def forgetful(x, axis):
+        """Without what the last device has."""
+        last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
+        return jax.lax.psum(jnp.where(last, 0, x).astype(x.dtype), axis)
+
+    kind = ops.COLLECTIVES["all_reduce"]
+    kind.implementations["forgetful"] = forgetful
+    try:
+        case = script("sharded_cases").CollectiveCase("all_reduce", "forgetful", 2, 64)
+        with pytest.raises(RuntimeError, match=r"by forgetful.* are not what they were"):
+            ops.collective_row(case, jax.devices(), None, rounds=1)
+    finally:
+        del kind.implementations["forgetful"]
+
+
+@pytest.fixture
+def attention(ops, script, monkeypatch):
+    """(times attention with few heads, a case of it)"""
+    monkeypatch.setattr(ops, "_CALLS", 2)
+    config = dataclasses.replace(
+        script("sharded_cases").setup_mqa(1).config, num_q_heads=4, head_dim=16
+    )
+    timer = ops.AttentionTimer(config, jax.devices()[:4], 1e12, H200.speeds, cold_bytes=1e6)
+    return timer, script("sharded_cases").AttentionCase
+
+
+def test_attention_over_more_and_more_devices(attention):
+    timer, case = attention
+    alone, both = (timer.row(case(n, 2, 1000)) for n in (1, 2))
+    assert [(row["mesh"], row["devices"]) for row in (alone, both)] == [("", 1), ("seq=2", 2)]
+    num_bytes = 2 * 2 * 1000 * 16 * 2
+    assert (alone["bytes"], both["bytes"]) == (num_bytes, num_bytes // 2)
+    for row in (alone, both):
+        assert row["S"] == 1024
+        assert row["us"] > 0
+        assert row["bound_us"] == pytest.approx(row["bytes"] / 1e6)
+        assert row["fraction_of_bound"] == pytest.approx(row["bound_us"] / row["us"])
+        json.dumps(row)
+    assert alone["predicted_us"] == pytest.approx(num_bytes / 4.6e6)
+    assert both["predicted_us"] > alone["predicted_us"] / 2 + H200.speeds.collective_us
+
+
+def test_attention_that_loses_a_part_gets_no_time(attention, ops, monkeypatch):
+    timer, case = attention
+    timer.row(case(1, 1, 1000))
+    whole = ops.jd.sharded_decode_attention
+
+    def half(q, k, v, kv_len, **options):
+        return whole(q, k, v, kv_len // 2, **options)
+
+    monkeypatch.setattr(ops.jd, "sharded_decode_attention", half)
+    with pytest.raises(RuntimeError, match=r"seq=2, batch 1.* differs from another mesh's by"):
+        timer.row(case(2, 1, 1000))
