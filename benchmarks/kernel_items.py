@@ -23,7 +23,7 @@ _BY_NAME = (
     ),
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_FUSION = re.compile(r"%?([\w.-]+) = .* fusion\(.*calls=%?([\w.-]+)")
+_FUSION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = .* fusion\(.*calls=%?([\w.-]+)")
 _ATTENTION_PART = re.compile(r'op_name="[^"]*/portable_attention/')
 # A product that XLA made a multiplication and a sum, or cut in parts and summed, is a reduction.
 _PRODUCT = re.compile(r' dot\(| reduce\(.*op_name="[^"]*dot_general')
@@ -41,7 +41,7 @@ def items_of_fusions(hlo: str) -> dict[str, str]:
             items[computation] = ATTENTION
         elif _PRODUCT.search(line):
             items.setdefault(computation, MATVECS)
-        if fusion := _FUSION.search(line):
+        if fusion := _FUSION.match(line):
             fusions[fusion[1]] = fusion[2]
     return {re.sub(r"[.-]", "_", name): items.get(called, REST) for name, called in fusions.items()}
 

@@ -1,6 +1,6 @@
 """Decoding over several GPUs of a host: speed, where the time goes, and what collectives cost.
 
-    python benchmarks/sharded.py [PART ...] [--output FOLDER] [--budget-s 900] [--devices 4]
+    python benchmarks/sharded.py [PART ...] [--output FOLDER] [--budget-s 400]
 
     depth        CodeLlama-34B at 512 to 128k tokens: ours, XLA's attention, attention unsplit
     layers       the time of a layer: matvecs, attention, collectives, the rest (needs CUPTI)
@@ -9,12 +9,12 @@
     million      a million tokens in the cache: CodeLlama-34B, and with one KV head
     scaling      CodeLlama-34B on 1, 2, 4 and 8 GPUs
 
-Without a PART all are measured: on two H200s in about 300 s, of which half is compiling; each
-further mesh of `scaling` takes 35 s more. Weights are random. One results file per part, sharded_
-PART.json, is written after each row; "left_out" says what is missing and why: what needs more
-devices than there are, what does not fit into memory, what the budget ended. Beside each measured
-value stands what `jaxdecode plan` expects, null where it does not know the device. Exit status 1 if
-a case failed. --tiny runs every case with a tiny model on any machine: it tests the script.
+Without a PART all are measured: on two H200s in about 300 s, of which half is compiling (an
+estimate); each further mesh of `scaling` takes 35 s more. Weights are random. A part's results file
+is sharded_PART.json, written after each row; "left_out" says what is missing and why: what needs
+more devices than there are, what does not fit into memory, what the budget ended. Beside what was
+measured stands what the planner expects, null where it does not know the device. Exit status 1 if a
+case failed. --tiny runs every case with a tiny model on any machine: it tests the script.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results/h200")
-    parser.add_argument("--budget-s", type=float, default=900.0, help="for everything together")
+    parser.add_argument("--budget-s", type=float, default=400.0, help="for everything together")
     parser.add_argument("--devices", type=int, help="use the first ones; default all")
     parser.add_argument("--tensor", type=int, help="how many share the heads of CodeLlama-34B")
     parser.add_argument("--tokens", type=int, default=32, help="per dispatch that is timed")

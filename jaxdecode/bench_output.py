@@ -181,9 +181,9 @@ def _draw_lines(axes: Axes, rows: Rows, x: str) -> None:
                 if row["implementation"] == name and row["tok_s"] is not None
             )
             if points:
-                modelled = name.endswith("_model")
-                color = None if group else _COLORS.get(name, _MODEL_COLOR if modelled else None)
-                style = "o:" if modelled else "o-"
+                computed = name.endswith("_model")
+                style = "o:" if computed else "o-"
+                color = None if group else _COLORS.get(name, _MODEL_COLOR if computed else None)
                 axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}{suffix}")
 
 
