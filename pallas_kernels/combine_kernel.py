@@ -22,7 +22,7 @@ from jaxdecode.pallas_kernels.split_config import SplitConfig
 # A row is spread over the 128 threads of a warpgroup, each with the same number of elements.
 THREADS = 128
 # Chunks of a row that are in flight together where their number is not known when compiled.
-_AT_ONCE = 16
+_AT_ONCE, _FEW = 16, 2
 
 
 def combine_splits(
@@ -105,31 +105,47 @@ def _planned_kernel(
     h, row_block, row = _place(n, t, out_ref.shape[2] // K, config)
     item = h * config.row_blocks + row_block
     first, count = spans_ref[b, item, 0], spans_ref[b, item, 1]
-    layout = plgpu.Layout.WG_STRIDED(out_partial_ref.shape[-1:], vec_size=1)
+    start = _start_of_row(sinks_ref[0][n] if sinks_ref else None, out_partial_ref.shape[-1])
 
-    def some(i, carry):
-        top, total, merged = carry
-        numbers = [i * _AT_ONCE + x for x in range(_AT_ONCE)]
-        # Past the last chunk that one is loaded again, without weight.
-        chunks = [first + jnp.minimum(x, count - 1) for x in numbers]
-        lses = [lse_partial_ref[c, row] for c in chunks]
-        outs = [plgpu.load(out_partial_ref.at[c, row], layout=layout) for c in chunks]
-        logits = [jnp.where(x < count, lse, -jnp.inf) for x, lse in zip(numbers, lses, strict=True)]
-        new_top = jnp.maximum(top, reduce_tree(jnp.maximum, logits))
-        shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        rescale = jnp.exp2(top - shift)
-        weights = [jnp.exp2(x - shift) for x in logits]
-        total = total * rescale + reduce_tree(jnp.add, weights)
-        update = reduce_tree(jnp.add, [x * w for x, w in zip(outs, weights, strict=True)])
-        return new_top, total, merged * rescale + update
+    def merge(at_once):
+        def some(i, sums):
+            numbers = [i * at_once + x for x in range(at_once)]
+            return _merge_chunks(sums, out_partial_ref, lse_partial_ref, first, count, numbers, row)
 
-    top = sinks_ref[0][n] * LOG2_E if sinks_ref else jnp.float32(-jnp.inf)
+        trips = lax.div(count + (at_once - 1), jnp.int32(at_once))
+        top, total, merged = lax.fori_loop(0, trips, some, start)
+        top = jnp.where(top == -jnp.inf, 0.0, top)
+        _store_row(merged, top, total, (b, t, n), out_ref, lse_ref, row_smem)
+
+    # In a large batch a row has few chunks, and the loads of more than there are would be felt.
+    pl.when(count <= _FEW)(lambda: merge(_FEW))
+    pl.when(count > _FEW)(lambda: merge(_AT_ONCE))
+
+
+def _start_of_row(sink, width):
+    """(top, total, merged) before the first chunk."""
+    top = jnp.float32(-jnp.inf) if sink is None else sink * LOG2_E
     total = jnp.where(top == -jnp.inf, 0.0, 1.0)
-    merged = plgpu.layout_cast(jnp.zeros(out_partial_ref.shape[-1:], jnp.float32), layout)
-    trips = lax.div(count + (_AT_ONCE - 1), jnp.int32(_AT_ONCE))
-    top, total, merged = lax.fori_loop(0, trips, some, (top, total, merged))
-    top = jnp.where(top == -jnp.inf, 0.0, top)
-    _store_row(merged, top, total, (b, t, n), out_ref, lse_ref, row_smem)
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=1)
+    return top, total, plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+
+
+def _merge_chunks(sums, out_partial_ref, lse_partial_ref, first, count, numbers, row):
+    """(top, total, merged) with these of a row's chunks."""
+    top, total, merged = sums
+    layout = plgpu.Layout.WG_STRIDED(merged.shape, vec_size=1)
+    # Past the last chunk that one is loaded again, without weight.
+    chunks = [first + jnp.minimum(x, count - 1) for x in numbers]
+    lses = [lse_partial_ref[c, row] for c in chunks]
+    outs = [plgpu.load(out_partial_ref.at[c, row], layout=layout) for c in chunks]
+    logits = [jnp.where(x < count, lse, -jnp.inf) for x, lse in zip(numbers, lses, strict=True)]
+    new_top = jnp.maximum(top, reduce_tree(jnp.maximum, logits))
+    shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+    rescale = jnp.exp2(top - shift)
+    weights = [jnp.exp2(x - shift) for x in logits]
+    total = total * rescale + reduce_tree(jnp.add, weights)
+    update = reduce_tree(jnp.add, [x * w for x, w in zip(outs, weights, strict=True)])
+    return new_top, total, merged * rescale + update
 
 
 def _place(n, t, G, config):

@@ -1,11 +1,13 @@
 """Equal work for every thread block, whatever the lengths of a batch's sequences.
 
-An item is a row block of a KV head of a sequence. Put end to end, the K/V tiles of all items make
-one line, which is cut into equal ranges, one for each multiprocessor, as Stream-K cuts a matrix
-product (arXiv 2301.03598). A thread block goes through the items in its range; what it holds of one
-of them is a chunk. So all blocks have equally many tiles, and there are fewer cuts than blocks; a
-little less than equal where that lets the cuts fall between sequences. The plan follows from the
-visible ranges alone: XLA computes it once for all layers.
+An item is a row block of a KV head of a sequence. The K/V tiles of all items, put end to end, make
+one line: first all sequences of one head, then all of the next, so that the heads of a sequence,
+which lie side by side in memory, are read at the same time. The line is cut into equal ranges, one
+for each multiprocessor, as Stream-K cuts a matrix product (arXiv 2301.03598). A thread block goes
+through the items in its range; what it holds of one of them is a chunk. So all blocks have equally
+many tiles, and there are fewer cuts than blocks; a little less than equal where that lets the cuts
+fall between sequences. The plan follows from the visible ranges alone: XLA computes it once for all
+layers.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class SplitPlan(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """Where the sequences [B] lie in the line of tiles, and the length of a block's range.
+    """Where the sequences [B] lie in the line of tiles of one head, and the length of a range.
 
     Items of sequences without tiles have no place in the line and no number.
     """
@@ -47,6 +49,16 @@ class _Line(NamedTuple):
     stop: Array
     items: Array  # of this sequence and those before it
     size: Array
+
+    @property
+    def length(self) -> Array:
+        """Tiles of one head."""
+        return self.stop[-1]
+
+    @property
+    def num_items(self) -> Array:
+        """Items of one head."""
+        return self.items[-1]
 
 
 @functools.partial(jax.jit, static_argnames=("block_kv", "heads", "num_blocks"), inline=True)
@@ -59,10 +71,10 @@ def make_plan(lo: Array, hi: Array, *, block_kv: int, heads: int, num_blocks: in
     """
     first_tile = lo.min(axis=1) // block_kv
     tiles = jnp.maximum(-(-hi.max(axis=1) // block_kv) - first_tile, 0)
-    stop = _running_sum(tiles) * heads
-    items = _running_sum(jnp.where(tiles > 0, 1, 0)) * heads
-    size = _range_size(jnp.maximum(-(-stop[-1] // num_blocks), 1), jnp.maximum(tiles.max(), 1))
-    line = _Line(first_tile, tiles, stop - tiles * heads, stop, items, size)
+    stop, items = _running_sum(tiles), _running_sum(jnp.where(tiles > 0, 1, 0))
+    share = jnp.maximum(-(-stop[-1] * heads // num_blocks), 1)
+    size = _range_size(share, jnp.maximum(tiles.max(), 1))
+    line = _Line(first_tile, tiles, stop - tiles, stop, items, size)
     blocks = _blocks(line, heads, num_blocks)
     return SplitPlan(blocks, _chunks(line, blocks[:, 0], heads), _spans(line, heads))
 
@@ -77,15 +89,15 @@ def _range_size(share, longest):
 
 def _blocks(line, heads, num_blocks):
     def item_at(place):
-        b = _sequence_at(line.stop, place)
-        return line.items[b] - heads + (place - line.start[b]) // jnp.maximum(line.tiles[b], 1)
+        head, place = jnp.divmod(place, jnp.maximum(line.length, 1))
+        return head * line.num_items + line.items[_sequence_at(line.stop, place)] - 1
 
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     begin = block * line.size
-    end = jnp.minimum(begin + line.size, line.stop[-1])
+    end = jnp.minimum(begin + line.size, line.length * heads)
     first_item, busy = item_at(begin), begin < end
     # A chunk begins with its block or with its item, so their numbers add up to its own.
-    first_chunk = jnp.where(busy, block + first_item, num_blocks + line.items[-1])
+    first_chunk = jnp.where(busy, block + first_item, num_blocks + line.num_items * heads)
     count = jnp.where(busy, item_at(end - 1) - first_item + 1, 0)
     return jnp.stack([first_chunk, count, jnp.maximum(end - begin, 0)], axis=1)
 
@@ -94,10 +106,9 @@ def _chunks(line, first_chunk, heads):
     most = len(first_chunk) + len(line.tiles) * heads - 1
     chunk = jnp.arange(most, dtype=jnp.int32)
     block = jnp.maximum(_up_to(first_chunk, chunk) - 1, 0)
-    item = chunk - block
-    b = _sequence_at(line.items, item)
-    head = item % heads
-    block_start, item_start = block * line.size, line.start[b] + head * line.tiles[b]
+    head, place = jnp.divmod(chunk - block, jnp.maximum(line.num_items, 1))
+    b = _sequence_at(line.items, place)
+    block_start, item_start = block * line.size, head * line.length + line.start[b]
     begin = jnp.maximum(item_start - block_start, 0)
     end = jnp.minimum(item_start + line.tiles[b] - block_start, line.size)
     base = line.first_tile[b] + block_start - item_start
@@ -107,10 +118,10 @@ def _chunks(line, first_chunk, heads):
 def _spans(line, heads):
     head = jnp.arange(heads, dtype=jnp.int32)[None, :]
     tiles = line.tiles[:, None]
-    item_start = line.start[:, None] + head * tiles
+    item_start = head * line.length + line.start[:, None]
     first_block = item_start // line.size
     last_block = (item_start + tiles - 1) // line.size
-    first_chunk = first_block + line.items[:, None] - heads + head
+    first_chunk = first_block + head * line.num_items + line.items[:, None] - 1
     count = jnp.where(tiles > 0, last_block - first_block + 1, 0)
     return jnp.stack([first_chunk, count], axis=-1)
 
