@@ -24,6 +24,7 @@ from jaxdecode.models.kv_cache import KVCache, cache_tree
 from jaxdecode.models.rope import apply_rope, rope_table
 from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import attend_part, decode_attention, merge_columns
+from jaxdecode.pallas_kernels.peer import Mailbox
 
 Array = jax.Array
 
@@ -37,6 +38,7 @@ class Step:
       cos, sin: [B, T, 1, H / 2] rotations at the tokens' positions.
       implementation, num_splits: passed to decode_attention.
       sharding: how the arrays are cut.
+      mailbox: through which sums of [B, T, D] over the devices go, if any.
     """
 
     num_tokens: Array
@@ -45,6 +47,7 @@ class Step:
     implementation: str | None
     num_splits: int | None
     sharding: Sharding
+    mailbox: Mailbox | None = None
 
 
 class RMSNorm(nnx.Module):
@@ -80,7 +83,7 @@ class Attention(nnx.Module):
         # Flat, or XLA on CPU transposes the whole weight at each step.
         flat = out.astype(x.dtype).reshape(*out.shape[:2], -1)
         projected = jnp.einsum("bti,id->btd", flat, o.reshape(-1, o.shape[-1]))
-        return step.sharding.sum(projected, "NH"), cache
+        return step.sharding.sum(projected, "NH", step.mailbox), cache
 
     def _project(self, x: Array, step: Step) -> tuple[Array, Array, Array]:
         """Queries, keys and values of the new tokens, rotated."""
@@ -122,7 +125,8 @@ class Mlp(nnx.Module):
     def __call__(self, x: Array, step: Step) -> Array:
         gate_up = jnp.einsum("btd,dcf->btcf", x, self.gate_up[...])
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return step.sharding.sum(jnp.einsum("btf,fd->btd", hidden, self.down[...]), "F")
+        out = jnp.einsum("btf,fd->btd", hidden, self.down[...])
+        return step.sharding.sum(out, "F", step.mailbox)
 
 
 class Block(nnx.Module):
@@ -201,22 +205,24 @@ class Llama(nnx.Module):
         """The step on one device; logits [B, T or 1, V] of its part of the vocabulary."""
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         cos, sin = rope_table(self.config, positions)
-        step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding)
-        x = self._embed(tokens)
+        # Over the devices that hold parts of NH, F and V: the same ones, unless V is whole.
+        mailbox = self.sharding.mailbox("F", (*tokens.shape, self.config.embed_dim), self.dtype)
+        step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, mailbox)
+        x = self._embed(tokens, mailbox)
         for block in self.layers:
             x, cache = block(x, cache, step)
         if last:
             x = jnp.take_along_axis(x, jnp.maximum(num_tokens - 1, 0)[:, None, None], axis=1)
         return self._logits(self.final_norm(x)), cache.advance(num_tokens)
 
-    def _embed(self, tokens: Array) -> Array:
+    def _embed(self, tokens: Array, mailbox: Mailbox | None) -> Array:
         table = self.embed[...]
         if self.sharding.parts("V") == 1:
             return table[tokens]
         row = tokens - self.sharding.index("V") * table.shape[0]
         # Each device looks up the tokens whose rows it has; the others add zeros.
         found = table.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        return self.sharding.sum(found, "V")
+        return self.sharding.sum(found, "V", mailbox)
 
     def _logits(self, x: Array) -> Array:
         if self.head is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,15 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdecode.models.config import LlamaConfig
+from jaxdecode.pallas_kernels import peer
 
 Array = jax.Array
 
 AXES = ("data", "tensor", "seq")
+# "peer": the GPUs write into each other's memory; "xla": what the compiler has, NCCL on GPUs.
+COLLECTIVES = ("peer", "xla")
+# Whether "peer" is chosen where it can run: once it is verified and timed on several GPUs.
+CHOOSE_PEER = False
 
 # Within one array an axis cuts the first dimension that may have it: the cache [B, S, K, H] is cut
 # along S, so it keeps whole heads, while weights [D, N, H] give `seq` a share of each head's
@@ -45,6 +51,7 @@ class Sharding:
       data, tensor, seq: devices along each axis.
       whole: letters that RULES would cut but that stay whole on each device.
       mesh: None for one device, and for planning without devices.
+      collectives: one of COLLECTIVES, which sums small arrays.
     """
 
     data: int = 1
@@ -52,6 +59,7 @@ class Sharding:
     seq: int = 1
     whole: str = ""
     mesh: Mesh | None = None
+    collectives: str = "xla"
 
     def __str__(self) -> str:
         """The axes of more than one device, such as tensor=2,seq=2; empty for one device."""
@@ -118,10 +126,28 @@ class Sharding:
 
     # Below: for code inside `jax.shard_map`; with one device each is the identity.
 
-    def sum(self, x: Array, letters: str) -> Array:
-        """x summed over the devices that hold parts of these dimensions."""
-        axes = tuple(dict.fromkeys(axis for letter in letters for axis in self.axes(letter)))
-        return lax.psum(x, axes) if axes else x
+    def mailbox(self, letters: str, shape: tuple[int, ...], dtype: Any) -> peer.Mailbox | None:
+        """What `sum` needs to add up arrays of this shape through the peers' memory; None where
+        `lax.psum` will do it."""
+        if self.why_not_peer(letters, shape, dtype) is not None:
+            return None
+        return peer.open_mailbox(shape, dtype, self._axes_of_all(letters))
+
+    def why_not_peer(self, letters: str, shape: tuple[int, ...], dtype: Any) -> str | None:
+        """Why sums of such arrays do not go through the peers' memory; None if they do."""
+        if self.collectives != "peer":
+            return f"this sharding's collectives are {self.collectives}"
+        if not self._axes_of_all(letters):
+            return f"no two devices hold different parts of {letters}"
+        return peer.why_not(shape, dtype)
+
+    def sum(self, x: Array, letters: str, mailbox: peer.Mailbox | None = None) -> Array:
+        """x summed over the devices that hold parts of these dimensions, through the mailbox if
+        there is one."""
+        axes = self._axes_of_all(letters)
+        if not axes:
+            return x
+        return lax.psum(x, axes) if mailbox is None else peer.all_reduce(x, axes, mailbox)
 
     def gather(self, x: Array, letter: str, dimension: int) -> Array:
         """x with its cut dimension whole again, on every device."""
@@ -133,6 +159,9 @@ class Sharding:
         axes = self.axes(letter)
         return lax.axis_index(axes) if axes else 0
 
+    def _axes_of_all(self, letters: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(axis for letter in letters for axis in self.axes(letter)))
+
 
 def fit_mesh(config: LlamaConfig, mesh: Mesh) -> Sharding:
     """The sharding of this model on a mesh with any of the axes data, tensor and seq.
@@ -142,7 +171,17 @@ def fit_mesh(config: LlamaConfig, mesh: Mesh) -> Sharding:
     """
     sharding = fit(config, dict(mesh.shape))
     # With Explicit axes JAX would ask for a sharding at every ambiguous operation.
-    return dataclasses.replace(sharding, mesh=Mesh(mesh.devices, mesh.axis_names))
+    mesh = Mesh(mesh.devices, mesh.axis_names)
+    return dataclasses.replace(sharding, mesh=mesh, collectives=choose_collectives(mesh)[0])
+
+
+def choose_collectives(mesh: Mesh) -> tuple[str, str]:
+    """Which of COLLECTIVES sums small arrays on a mesh, and why."""
+    if (obstacle := peer.why_not_here(mesh)) is not None:
+        return "xla", obstacle
+    if not CHOOSE_PEER:
+        return "xla", "sums through the peers' memory are not measured yet"
+    return "peer", "the GPUs of this process write into each other's memory"
 
 
 def fit(config: LlamaConfig, sizes: Mapping[str, int]) -> Sharding:

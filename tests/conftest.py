@@ -23,6 +23,7 @@ CI = os.environ.get("CI") == "true"
 # The GPU kernels, and the interpreter that tests them, need a newer jax than Python 3.11 gets.
 KERNEL_TESTS = [
     "test_flash_decode.py",
+    "test_peer_kernels.py",
     "test_prefill.py",
     "test_prefill_gpu.py",
     "test_read_kernel.py",
@@ -56,6 +57,13 @@ def pytest_configure(config):
         # On a machine with a GPU too, and in the processes that tests start.
         jax.config.update("jax_platforms", "cpu")
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """What several GPUs exchange has no tests for one."""
+    if collection_path.name == "test_peer_gpu.py" and selects_gpu(config.option.markexpr):
+        return jax.device_count() == 1 or None
+    return None
 
 
 def selects_gpu(expression: str) -> bool:

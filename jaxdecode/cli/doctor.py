@@ -77,6 +77,7 @@ def _device_lines(chosen: jax.Device) -> list[str]:
         choice = choose_attention(config, dtype, "auto")
         lines.append(f"attention: {choice} (a decode step in {dtype}, {heads})")
     lines.append(f"{_auto_mesh(config, len(devices))} (--mesh auto, for the same model)")
+    lines.append(f"sums over devices: {_collectives(devices)}")
     return lines
 
 
@@ -89,6 +90,16 @@ def _auto_mesh(config: LlamaConfig, num_devices: int) -> str:
     except ValueError as error:
         return f"mesh: none: {error}"
     return describe(config, sharding)
+
+
+def _collectives(devices: list[jax.Device]) -> str:
+    """What adds up the devices' parts of a decode step, and why."""
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from jaxdecode.models.sharding import choose_collectives
+
+    return ": ".join(choose_collectives(Mesh(np.array(devices), ("tensor",))))
 
 
 def _device(device: jax.Device) -> str:

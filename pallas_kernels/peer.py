@@ -1,0 +1,143 @@
+"""Collectives of small arrays among the GPUs of one host, host side: when, and between which.
+
+NCCL takes some 15 microseconds to add up the few kilobytes that a decoding step has per layer. The
+kernels here write them into the peers' memory themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxdecode.pallas_kernels.varying import vary_over, varying_axes
+
+Array = jax.Array
+
+DTYPES = ("bfloat16", "float16", "float32")
+# What the threads of one block exchange at a time.
+ROW_BYTES = 1024
+# Per device. Above it the links count more than the latency, and NCCL sends less.
+MAX_BYTES = 256 * 1024
+MAX_BLOCKS = 64
+# The runtime exchanges the addresses of at most so many devices.
+MAX_DEVICES = 8
+
+
+def why_not(shape: tuple[int, ...], dtype: Any) -> str | None:
+    """Why the kernels cannot sum an array of this shape and dtype; None if they can."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in DTYPES:
+        return f"the kernels take {', '.join(DTYPES)}, not {dtype}"
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes % ROW_BYTES or not num_bytes:
+        return f"the kernels take multiples of {ROW_BYTES} bytes, not {num_bytes}"
+    if num_bytes > MAX_BYTES:
+        return f"the kernels are for at most {MAX_BYTES} bytes, not {num_bytes}"
+    return None
+
+
+def why_not_here(mesh: Mesh) -> str | None:
+    """Why the devices of a mesh cannot write into each other's memory; None if they can."""
+    devices = list(mesh.devices.flat)
+    if len(devices) < 2:
+        return "there is one device"
+    if len(devices) > MAX_DEVICES:
+        return f"the kernels reach at most {MAX_DEVICES} devices, and the mesh has {len(devices)}"
+    if len({device.process_index for device in devices}) > 1:
+        return "the kernels reach the devices of one process, and the mesh spans several"
+    if any(device.platform != "gpu" for device in devices):
+        return f"the kernels need NVIDIA Hopper GPUs, and the mesh is of {devices[0].platform}"
+    if jax.__version_info__ < (0, 11, 2):
+        return f"GPU kernels need Python >= 3.12 and jax >= 0.11.2, this is jax {jax.__version__}"
+    if any(getattr(device, "compute_capability", "") != "9.0" for device in devices):
+        return "the kernels need NVIDIA Hopper GPUs (compute capability 9.0)"
+    ids = [device.id for device in devices]
+    if ids != list(range(len(ids))):
+        return f"the kernels need devices 0 to {len(ids) - 1} in this order, and the mesh has {ids}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mailbox:
+    """Where the devices of a group leave each other arrays of one shape and dtype, turn by turn.
+
+    Lives inside the trace of one `jax.shard_map` over the whole mesh; loops may use it.
+
+    Attributes:
+      shape, dtype: of the arrays.
+      group: the mesh axes over which the group stretches and their sizes, major first.
+      slots, turns: Refs, as peer_kernels.py says.
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    group: tuple[tuple[str, int], ...]
+    slots: Any
+    turns: Any
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes of the group."""
+        return tuple(axis for axis, _ in self.group)
+
+
+def open_mailbox(shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> Mailbox:
+    """An empty mailbox for sums over these mesh axes; returns when all devices of the mesh have
+    one, so whoever has it may write into every other.
+
+    Raises:
+      ValueError: the kernels do not take this shape and dtype.
+    """
+    if (obstacle := why_not(shape, dtype)) is not None:
+        raise ValueError(f"no mailbox for {jnp.dtype(dtype)}{list(shape)}: {obstacle}")
+    group = tuple((axis, lax.axis_size(axis)) for axis in axes)
+    size = math.prod(shape)
+    words = size * jnp.dtype(dtype).itemsize // 4
+    blocks = _blocks(words * 4)
+    ranks = math.prod(count for _, count in group)
+    # A turn's number stands beside each word; none has the number 0.
+    slots = jax.new_ref(jnp.zeros((2, ranks, blocks, 2 * words // blocks), jnp.int32))
+    turns = jax.new_ref(jnp.zeros(blocks, jnp.int32))
+    _sum(jnp.zeros(size, dtype), slots, turns, group=group, wait_for_all=True)
+    return Mailbox(shape, jnp.dtype(dtype), group, slots, turns)
+
+
+def all_reduce(x: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:
+    """x summed over these mesh axes, in float32 in the order of the ranks: every device gets the
+    same bits, every time. It has no gradient.
+
+    Raises:
+      ValueError: the mailbox is for other arrays or axes.
+    """
+    found, made_for = (
+        f"{x.dtype}{list(x.shape)} over {', '.join(axes)}",
+        f"{mailbox.dtype}{list(mailbox.shape)} over {', '.join(mailbox.axes)}",
+    )
+    if found != made_for:
+        raise ValueError(f"the mailbox is for {made_for}; found {found}")
+    total = _sum(
+        x.reshape(-1), mailbox.slots, mailbox.turns, group=mailbox.group, wait_for_all=False
+    )
+    # A kernel's result counts as equal on all devices, but only the group's are.
+    return vary_over(total.reshape(x.shape), varying_axes(x) - set(axes))
+
+
+# One jit for the module, so that equal calls, such as a model's layers, share one lowering.
+@functools.partial(jax.jit, static_argnames=("group", "wait_for_all"))
+def _sum(x, slots, turns, *, group, wait_for_all):
+    from jaxdecode.pallas_kernels import peer_kernels
+
+    return peer_kernels.all_reduce(x, slots, turns, group=group, wait_for_all=wait_for_all)
+
+
+def _blocks(num_bytes: int) -> int:
+    """Thread blocks among which the rows are divided alike."""
+    rows = num_bytes // ROW_BYTES
+    return next(blocks for blocks in range(min(rows, MAX_BLOCKS), 0, -1) if rows % blocks == 0)

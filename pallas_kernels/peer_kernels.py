@@ -1,0 +1,189 @@
+"""Collectives on Pallas Mosaic GPU: every device writes into its peers' memory, over NVLink.
+
+What a device says travels as slots of 16 bytes: twice four bytes of values, each beside the number
+of the turn. Eight aligned bytes arrive as one, so a value that stands beside the awaited turn is
+there: nobody signals, and no store waits for another. A mailbox holds the slots of two turns. Who
+has every peer's slots of one turn knows that all have finished reading those of the turn before,
+and may overwrite them in the next: the two halves take turns, however far a device lags.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
+
+# The axes of a collective and their sizes, major first.
+Group = tuple[tuple[str, int], ...]
+
+# Of values, in one slot.
+_SLOT_BYTES = 8
+# Slots that a thread polls together: each costs four registers.
+_AT_ONCE = 16
+
+_STORE = """{
+.reg .b64 a, b;
+mov.b64 a, {$1, $3};
+mov.b64 b, {$2, $3};
+st.relaxed.sys.global.v2.b64 [$0], {a, b};
+}"""
+_LOAD = """ld.relaxed.sys.global.v2.b64 {{a, b}}, [{address}];
+mov.b64 {{word{low}, turn}}, a;
+xor.b32 turn, turn, {turn};
+or.b32 late, late, turn;
+mov.b64 {{word{high}, turn}}, b;
+xor.b32 turn, turn, {turn};
+or.b32 late, late, turn;
+"""
+_POLL = """{{
+.reg .pred again;
+.reg .b64 a, b;
+.reg .b32 turn, late, word<{count}>;
+poll:
+mov.b32 late, 0;
+{loads}setp.ne.b32 again, late, 0;
+@again bra poll;
+{results}}}"""
+
+
+def all_reduce(
+    x: jax.Array, slots: Any, turns: Any, *, group: Group, wait_for_all: bool
+) -> jax.Array:
+    """Sums x over a group of devices, in float32 and in the order of their ranks.
+
+    Args:
+      x: [size] of 16 or 32 bits per element; its bytes are a multiple of 1024 * blocks.
+      slots: Ref of int32 [2, ranks, blocks, 2 * words of a block], the mailbox: what each rank said
+        in the last two turns. All zero before the first.
+      turns: Ref of int32 [blocks], the turns so far.
+      group: the axes of the mesh that are summed over.
+      wait_for_all: whether to start when every device of the mesh has come here, and not before.
+
+    Returns:
+      [size] in x's dtype, the same bits on every rank.
+    """
+    return plgpu.kernel(
+        functools.partial(_all_reduce_kernel, group=group),
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=turns.shape,
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(skip_device_barrier=not wait_for_all),
+    )(x, slots, turns)
+
+
+def _all_reduce_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
+    """One block's part of x."""
+    block, size = lax.axis_index("block"), x_ref.shape[0] // turns_ref.shape[0]
+    part = pl.ds(block * size, size)
+    layout = _layout(size, x_ref.dtype)
+    turn = turns_ref[block] + 1
+    half, ranks = turn % 2, range(slots_ref.shape[1])
+    outgoing = [_remote(slots_ref.at[half, _rank(group), block], group, r) for r in ranks]
+    incoming = [slots_ref.at[half, r, block] for r in ranks]
+    _put(plgpu.load(x_ref.at[part], layout=layout), turn, outgoing)
+    parts = _take(turn, incoming, jax.ShapeDtypeStruct((size,), x_ref.dtype))
+    total = functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts])
+    out_ref[part] = total.astype(out_ref.dtype)
+    turns_ref[block] = turn
+
+
+def _rank(group: Group) -> jax.Array:
+    """This device's place in its group."""
+    rank = jnp.int32(0)
+    for axis, size in group:
+        rank = rank * size + lax.axis_index(axis)
+    return rank
+
+
+def _remote(ref: Any, group: Group, rank: int) -> Any:
+    """The same part of the mailbox of another device of the group."""
+    place = np.unravel_index(rank, [size for _, size in group])
+    return plgpu.remote_ref(ref, {axis: int(i) for (axis, _), i in zip(group, place, strict=True)})
+
+
+def _layout(size: int, dtype: Any) -> plgpu.Layout:
+    """Each thread has the values of whole slots."""
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=_SLOT_BYTES // jnp.dtype(dtype).itemsize)
+
+
+def _put(x: jax.Array, turn: jax.Array, refs: list[Any]) -> None:
+    """Writes x [size], laid out by `_layout`, into the slots of each ref."""
+    layout = _layout(x.shape[0], x.dtype)
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.Layout.WG_SPLAT, *[plgpu.RefType() for _ in refs]))
+    def put(context, x, turn, *refs):
+        del context
+        pairs = [vector.bitcast(_pair(), values) for values in x.registers.flat]
+        words = [[vector.extract(pair, [], [i]) for i in range(2)] for pair in pairs]
+        for ref in refs:
+            for slot, (low, high) in zip(_slots(ref, x.layout), words, strict=True):
+                utils.inline_ptx(_STORE, slot, low, high, turn.registers.item())
+
+    put(x, turn, *refs)
+
+
+def _take(turn: jax.Array, refs: list[Any], kind: jax.ShapeDtypeStruct) -> list[jax.Array]:
+    """Waits for the turn's slots in each ref; their values are arrays of this kind."""
+    layout = _layout(kind.shape[0], kind.dtype)
+    returned = plgpu.ShapeDtypeStruct(kind.shape, kind.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType() for _ in refs]),
+        return_type=[returned for _ in refs],
+    )
+    def take(context, turn, *refs):
+        del context
+        lanes = layout.to_mgpu()
+        values = lanes.registers_element_type(utils.dtype_to_ir_type(kind.dtype))
+        slots = [slot for ref in refs for slot in _slots(ref, lanes)]
+        words = [
+            pair
+            for first in range(0, len(slots), _AT_ONCE)
+            for pair in _poll(slots[first : first + _AT_ONCE], turn.registers.item())
+        ]
+        pairs = [vector.from_elements(_pair(), pair) for pair in words]
+        registers = np.array([vector.bitcast(values, pair) for pair in pairs], dtype=object)
+        # Nobody may count this turn as over before all threads know its number.
+        utils.warpgroup_barrier()
+        return [
+            mgpu.FragmentedArray(_registers=each, _layout=lanes, _is_signed=None)
+            for each in registers.reshape(len(refs), -1)
+        ]
+
+    return take(turn, *refs)
+
+
+def _slots(ref: ir.Value, layout: Any) -> list[ir.Value]:
+    """Addresses of this thread's slots in one block's part of a mailbox."""
+    i8, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 64))
+    base, width = utils.memref_ptr(ref), mgpu.c(2 * _SLOT_BYTES // layout.vec_size, i64)
+    offsets = [arith.index_cast(i64, element) for element in layout.linear_thread_idxs()]
+    return [utils.getelementptr(base, [arith.muli(x, width)], i8) for x in offsets]
+
+
+def _poll(slots: list[ir.Value], turn: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    """The two words in each of these slots, once all are of this turn."""
+    count = 2 * len(slots)
+    loads = [
+        _LOAD.format(low=2 * i, high=2 * i + 1, turn=f"${count}", address=f"${count + 1 + i}")
+        for i in range(len(slots))
+    ]
+    results = [f"mov.b32 ${i}, word{i};\n" for i in range(count)]
+    text = _POLL.format(count=count, loads="".join(loads), results="".join(results))
+    i32 = ir.IntegerType.get_signless(32)
+    words = utils.inline_ptx(text, turn, *slots, result_types=[i32] * count, has_side_effects=True)
+    return list(zip(words[::2], words[1::2], strict=True))
+
+
+def _pair() -> ir.Type:
+    return ir.VectorType.get((2,), ir.IntegerType.get_signless(32))

@@ -1,0 +1,261 @@
+"""Sums through the peers' memory on several GPUs: the right bits, again and again, whoever lags.
+
+With one GPU there is nothing to sum: conftest.py then leaves this file out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from meshes import copies
+
+from jaxdecode.models.config import LlamaConfig
+from jaxdecode.models.llama import Llama, param_letters
+from jaxdecode.models.sharding import Sharding, fit_mesh
+from jaxdecode.pallas_kernels import peer
+
+pytestmark = pytest.mark.gpu
+
+COUNTS = [n for n in range(2, jax.device_count() + 1) if jax.device_count() % n == 0]
+SHAPES = [(1, 1, 512), (1, 1, 8192), (3, 1, 6656), (2, 8, 8192)]
+TOKEN = (1, 1, 8192)
+
+
+def tensor_mesh(count: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:count]), ("tensor",))
+
+
+def on_each(mesh: Mesh, function, *, donate=()):
+    """function of each device's own row of arrays [devices, ...]; so are its results."""
+    rows = P(mesh.axis_names)
+
+    def one(*args):
+        return jax.tree.map(lambda x: x[None], function(*(x[0] for x in args)))
+
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return jax.jit(mapped, donate_argnums=donate)
+
+
+def random_rows(count: int, shape, dtype, seed=0) -> jax.Array:
+    rows = np.random.default_rng(seed).standard_normal((count, *shape), np.float32)
+    return jnp.asarray(rows, dtype)
+
+
+def expected_sum(rows: jax.Array) -> np.ndarray:
+    """Over the first axis, from its first row on, in float32."""
+    return np.asarray(functools.reduce(jnp.add, list(rows.astype(jnp.float32))).astype(rows.dtype))
+
+
+def summed(x, mailbox):
+    return peer.all_reduce(x, ("tensor",), mailbox)
+
+
+def opened(x) -> peer.Mailbox:
+    return peer.open_mailbox(x.shape, x.dtype, ("tensor",))
+
+
+@pytest.mark.parametrize("dtype", peer.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+def test_every_rank_gets_the_sum_in_the_order_of_ranks(count, shape, dtype):
+    x = random_rows(count, shape, dtype)
+    mesh = tensor_mesh(count)
+    total = on_each(mesh, lambda x: summed(x, opened(x)))(x)
+    np.testing.assert_array_equal(total, np.broadcast_to(expected_sum(x), x.shape))
+    of_nccl = on_each(mesh, lambda x: lax.psum(x.astype(jnp.float32), "tensor"))(x)
+    tolerance = 2 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(total.astype(jnp.float32), of_nccl, rtol=tolerance, atol=tolerance)
+
+
+def numbers(i, rank, shape):
+    """Whole numbers below 251 that differ from turn to turn, rank to rank and place to place."""
+    place = lax.broadcasted_iota(jnp.int32, shape, 2)
+    return ((place * 31 + i * 7 + rank * 101) % 251).astype(jnp.float32)
+
+
+def faults_in(turns: int, count: int, shape, *, delay=lambda i, x: x, dtype=jnp.float32):
+    """How many elements were wrong in so many turns; for each rank."""
+
+    def run(rank):
+        mailbox = peer.open_mailbox(shape, dtype, ("tensor",))
+
+        def turn(i, faults):
+            x = delay(i, numbers(i, rank, shape)).astype(dtype)
+            expected = sum(numbers(i, r, shape) for r in range(count))
+            return faults + jnp.sum((summed(x, mailbox) != expected).astype(jnp.int32))
+
+        return lax.fori_loop(0, turns, turn, jnp.int32(0))
+
+    return on_each(tensor_mesh(count), run)(jnp.arange(count, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 512), TOKEN, (2, 8, 4096)], ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+def test_ten_thousand_turns(count, shape):
+    np.testing.assert_array_equal(faults_in(10_000, count, shape), 0)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_one_rank_or_another_lags(count):
+    """By the time of a few matrix products, and not always the same one."""
+
+    def delay(i, x):
+        rounds = jnp.where(lax.axis_index("tensor") == i % count, 20, 0)
+        a = jnp.full((1024, 1024), x[0, 0, 0] * 1e-9)
+        a = lax.fori_loop(0, rounds, lambda _, a: jnp.tanh(a @ a), a)
+        return x + 0 * a[0, 0].astype(x.dtype)
+
+    np.testing.assert_array_equal(faults_in(300, count, TOKEN, delay=delay), 0)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_ten_thousand_turns_have_the_same_bits_on_every_rank_and_in_every_run(count):
+    def run(x):
+        mailbox = opened(x)
+        own = x.astype(jnp.float32) * 0.01
+
+        def turn(i, carry):
+            mixed = (carry.astype(jnp.float32) * 0.3 + jnp.roll(own, i, axis=-1)).astype(x.dtype)
+            return summed(mixed, mailbox)
+
+        return lax.fori_loop(0, 10_000, turn, summed(x, mailbox))
+
+    x = random_rows(count, TOKEN, jnp.bfloat16)
+    jitted = on_each(tensor_mesh(count), run)
+    first, second = (np.asarray(jitted(x)) for _ in range(2))
+    assert np.isfinite(first.astype(np.float32)).all()
+    np.testing.assert_array_equal(first, np.broadcast_to(first[:1], first.shape))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_scan_with_a_donated_carry_dispatched_without_waiting(count):
+    """Each call has a mailbox of its own in memory that earlier calls may still be using."""
+
+    def run(x, step):
+        mailbox = opened(x)
+
+        def turn(x, i):
+            total = summed(x, mailbox)
+            return (total + step * i) / count, jnp.max(total)
+
+        return lax.scan(turn, x, jnp.arange(20, dtype=jnp.float32))
+
+    jitted = on_each(tensor_mesh(count), run, donate=0)
+    x, expected = jnp.zeros((count, *TOKEN)), 0.0
+    for step in range(50):
+        x, _ = jitted(x, jnp.full(count, step, jnp.float32))
+        expected += sum(step * i / count for i in range(20))
+    np.testing.assert_allclose(np.asarray(x), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_two_mailboxes_by_turns(count):
+    def run(x):
+        first, second = opened(x), opened(x[:, :, :512])
+        small = x[:, :, :512]
+        for _ in range(5):
+            x = summed(x, first) / count
+            small = summed(small, second) / count
+        return x, small
+
+    rows = random_rows(count, TOKEN, jnp.float32)
+    x, small = on_each(tensor_mesh(count), run)(rows)
+    mean = np.mean(np.asarray(rows, np.float64), axis=0)
+    np.testing.assert_allclose(x[-1], mean, atol=1e-5)
+    np.testing.assert_allclose(small[0], mean[:, :, :512], atol=1e-5)
+
+
+AXES = ("data", "tensor", "seq")
+# Every way to lay all devices out, and the axes of more than one device to sum over.
+GROUPS = [
+    (sizes, axes)
+    for sizes in itertools.product((1, 2, 4, 8), repeat=3)
+    if math.prod(sizes) == jax.device_count()
+    for axes in [("tensor",), ("seq",), ("tensor", "seq"), ("data", "seq")]
+    if all(sizes[AXES.index(axis)] > 1 for axis in axes)
+]
+
+
+@pytest.mark.parametrize(("sizes", "axes"), GROUPS, ids=str)
+def test_axes_of_any_mesh(sizes, axes):
+    """Each device has the sum over the devices that differ from it in these axes only."""
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), AXES)
+
+    def run(x):
+        mailbox = peer.open_mailbox(x.shape, x.dtype, axes)
+        return peer.all_reduce(x, axes, mailbox), lax.psum(x, axes)
+
+    found, expected = on_each(mesh, run)(random_rows(mesh.size, TOKEN, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mesh_in_another_order_is_left_to_nccl(monkeypatch):
+    from jaxdecode.models import sharding
+
+    monkeypatch.setattr(sharding, "CHOOSE_PEER", True)
+    devices = np.array(jax.devices())
+    kind, reason = sharding.choose_collectives(Mesh(devices[::-1], ("tensor",)))
+    assert kind == "xla"
+    assert "in this order" in reason
+    assert sharding.choose_collectives(Mesh(devices, ("tensor",)))[0] == "peer"
+
+
+CONFIG = LlamaConfig(
+    vocab_size=512, embed_dim=1024, ffw_dim=2048, num_layers=3, num_q_heads=16, num_kv_heads=8,
+    head_dim=64, max_positions=512, dtype="float32",
+)  # fmt: skip
+
+
+def model_on(sharding: Sharding) -> Llama:
+    params, letters = Llama(CONFIG, nnx.Rngs(0)).params(), param_letters(CONFIG)
+    if sharding.mesh is not None:
+        params = {k: jax.device_put(x, sharding.named(letters[k])) for k, x in params.items()}
+    return Llama.from_params(CONFIG, params, sharding)
+
+
+def decoding(model: Llama, steps: int):
+    """(jitted, operands) of a loop that decodes greedily: tokens [2, steps]."""
+    graph, state = nnx.split(model)
+    start = model.sharding.constrain(jnp.array([[3], [77]], jnp.int32), "BT")
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def run(state, token, cache):
+        def step(carry, _):
+            logits, cache = nnx.merge(graph, state)(*carry, implementation="xla")
+            token = logits[:, 0].argmax(-1).astype(jnp.int32)[:, None]
+            return (token, cache), token[:, 0]
+
+        return lax.scan(step, (token, cache), None, length=steps)[1].T
+
+    return run, (state, start, model.init_cache(2, 128))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_decoder_says_the_tokens_of_one_device_and_copies_no_mailbox(count):
+    sharding = dataclasses.replace(fit_mesh(CONFIG, tensor_mesh(count)), collectives="peer")
+    with jax.default_matmul_precision("highest"):
+        alone, operands = decoding(model_on(Sharding()), 64)
+        expected = np.asarray(alone(*operands))
+        run, operands = decoding(model_on(sharding), 64)
+        hlo = run.lower(*operands).compile().as_text()
+        found = np.asarray(run(*operands))
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 8
+    assert "all-reduce" not in hlo
+    # 2 rows of 1024 float32 are eight blocks. A copied mailbox is not where the peers write.
+    slots = (2, count, 8, 2 * 2 * 1024 // 8)
+    assert f"s32[{','.join(map(str, slots))}]" in hlo
+    assert copies(hlo, slots) == []
+    assert copies(hlo, (8,)) == []

@@ -1,0 +1,144 @@
+"""Sums through the peers' memory, lowered for CUDA on the CPU: no interpreter has peers.
+
+conftest.py leaves this file out where jax cannot lower them (before 0.11.2). What they compute is
+tested on GPUs, in test_peer_gpu.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh, sharded_model
+from naive_llama import CONFIG
+
+from jaxdecode.models.llama import Llama
+from jaxdecode.pallas_kernels import peer
+
+AXES = ("data", "tensor", "seq")
+
+
+def lowered(function, mesh, *shapes) -> str:
+    """What is compiled for CUDA of a function of each device's arrays, where there is no GPU."""
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P())
+    return jax.jit(mapped).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def summed_twice(axes):
+    def function(x):
+        mailbox = peer.open_mailbox(x.shape, x.dtype, axes)
+        return peer.all_reduce(peer.all_reduce(x, axes, mailbox) * 2, axes, mailbox)
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", peer.DTYPES)
+@pytest.mark.parametrize(
+    ("sizes", "axes"),
+    [
+        ((1, 2, 1), ("tensor",)),
+        ((1, 8, 1), ("tensor",)),
+        ((2, 2, 2), ("seq",)),
+        ((2, 2, 2), ("tensor", "seq")),
+        ((4, 1, 2), ("data", "seq")),
+    ],
+    ids=str,
+)
+def test_lowers_for_cuda(sizes, axes, dtype):
+    text = lowered(summed_twice(axes), make_mesh(sizes), jax.ShapeDtypeStruct((3, 2, 512), dtype))
+    # One kernel waits for all devices of the mesh, in their order; the two sums share the other.
+    assert text.count("custom_call @mosaic_gpu") == 2
+    assert text.count("skip_device_barrier = false") == 1
+    ids = ",".join(map(str, range(math.prod(sizes))))
+    assert text.count(f'xla_replica_ids = "{ids}"') == 2
+    assert text.count("call @_sum") == 3
+    # Slots and turns stay where they are.
+    assert text.count("output_operand_alias<") == 4
+    assert "all_reduce" not in text
+
+
+@pytest.mark.parametrize("num_bytes", [1024, 39 * 1024, 67 * 1024, peer.MAX_BYTES])
+def test_every_size_lowers_for_eight_devices(num_bytes):
+    assert num_bytes <= peer.MAX_BYTES
+    shape = jax.ShapeDtypeStruct((num_bytes // 2,), jnp.bfloat16)
+    text = lowered(summed_twice(("tensor",)), make_mesh((1, 8, 1)), shape)
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+def test_a_mailbox_serves_a_loop():
+    def function(x):
+        mailbox = peer.open_mailbox(x.shape, x.dtype, ("tensor",))
+        turn = lambda i, x: peer.all_reduce(x, ("tensor",), mailbox)  # noqa: E731
+        return lax.fori_loop(0, 10, turn, x)
+
+    text = lowered(function, make_mesh((1, 2, 1)), jax.ShapeDtypeStruct((512,), jnp.bfloat16))
+    assert text.count("call @_sum") == 2
+    assert "stablehlo.while" in text
+
+
+def test_jax_refuses_a_mesh_in_another_order():
+    x = jax.ShapeDtypeStruct((512,), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="row-major"):
+        lowered(summed_twice(("tensor",)), make_mesh((1, 4, 1), backwards=True), x)
+
+
+@pytest.mark.parametrize(
+    ("out", "fits"), [(P("data"), True), (P(("data", "tensor")), True), (P(), False)]
+)
+def test_a_sum_varies_over_the_other_axes_only(out, fits):
+    mesh = make_mesh((2, 2, 1))
+    mapped = jax.shard_map(
+        summed_twice(("tensor",)), mesh=mesh, in_specs=P(("data", "tensor")), out_specs=out
+    )
+    x = jax.ShapeDtypeStruct((4, 512), jnp.bfloat16)
+    if fits:
+        jax.jit(mapped).trace(x)
+    else:
+        with pytest.raises(ValueError, match="out_specs"):
+            jax.jit(mapped).trace(x)
+
+
+WIDE = dataclasses.replace(CONFIG, embed_dim=256, num_q_heads=8, num_kv_heads=4, head_dim=8)
+
+
+def step_text(model: Llama, B: int, T: int) -> str:
+    graph, state = nnx.split(model)
+
+    def step(state, tokens, cache):
+        return nnx.merge(graph, state)(tokens, cache, implementation="xla")
+
+    operands = (
+        state,
+        model.sharding.place(np.zeros((B, T), np.int32), "BT"),
+        model.init_cache(B, 128),
+    )
+    return jax.jit(step).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "B", "T"), [((1, 2, 1), 1, 1), ((2, 2, 2), 4, 1), ((1, 1, 4), 2, 3)], ids=str
+)
+def test_every_sum_of_a_decoding_step(sizes, B, T):
+    model = sharded_model(WIDE, make_mesh(sizes))
+    sums = 2 * WIDE.num_layers + 1
+    assert step_text(model, B, T).count('"stablehlo.all_reduce"') == sums
+    model.sharding = dataclasses.replace(model.sharding, collectives="peer")
+    text = step_text(model, B, T)
+    assert "all_reduce" not in text
+    assert text.count("call @_sum") == sums + 1
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+def test_a_long_prompt_is_summed_by_xla():
+    model = sharded_model(WIDE, make_mesh((1, 2, 1)))
+    model.sharding = dataclasses.replace(model.sharding, collectives="peer")
+    text = step_text(model, 3, 100)
+    assert "mosaic_gpu" not in text
+    assert '"stablehlo.all_reduce"' in text
