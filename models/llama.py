@@ -38,7 +38,8 @@ class Step:
       cos, sin: [B, T, 1, H / 2] rotations at the tokens' positions.
       implementation, num_splits: passed to decode_attention.
       sharding: how the arrays are cut.
-      mailbox: through which sums of [B, T, D] over the devices go, if any.
+      sums, merges: what sums of [B, T, D] over the devices and the parts of attention go through;
+        None for collectives of XLA.
     """
 
     num_tokens: Array
@@ -47,7 +48,8 @@ class Step:
     implementation: str | None
     num_splits: int | None
     sharding: Sharding
-    mailbox: Mailbox | None = None
+    sums: Mailbox | None
+    merges: Mailbox | None
 
 
 class RMSNorm(nnx.Module):
@@ -83,7 +85,7 @@ class Attention(nnx.Module):
         # Flat, or XLA on CPU transposes the whole weight at each step.
         flat = out.astype(x.dtype).reshape(*out.shape[:2], -1)
         projected = jnp.einsum("bti,id->btd", flat, o.reshape(-1, o.shape[-1]))
-        return step.sharding.sum(projected, "NH", step.mailbox), cache
+        return step.sharding.sum(projected, "NH", step.sums), cache
 
     def _project(self, x: Array, step: Step) -> tuple[Array, Array, Array]:
         """Queries, keys and values of the new tokens, rotated."""
@@ -111,7 +113,7 @@ class Attention(nnx.Module):
             return decode_attention(*operands, **options)
         part = cache.part(step.sharding.index("S"))
         out, lse = attend_part(*operands, part, **options)
-        return merge_columns(out, lse, step.sharding.axes("S"))
+        return merge_columns(out, lse, step.sharding.axes("S"), step.merges)
 
 
 class Mlp(nnx.Module):
@@ -126,7 +128,7 @@ class Mlp(nnx.Module):
         gate_up = jnp.einsum("btd,dcf->btcf", x, self.gate_up[...])
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
         out = jnp.einsum("btf,fd->btd", hidden, self.down[...])
-        return step.sharding.sum(out, "F", step.mailbox)
+        return step.sharding.sum(out, "F", step.sums)
 
 
 class Block(nnx.Module):
@@ -205,15 +207,22 @@ class Llama(nnx.Module):
         """The step on one device; logits [B, T or 1, V] of its part of the vocabulary."""
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         cos, sin = rope_table(self.config, positions)
-        # Over the devices that hold parts of NH, F and V: the same ones, unless V is whole.
-        mailbox = self.sharding.mailbox("F", (*tokens.shape, self.config.embed_dim), self.dtype)
-        step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, mailbox)
-        x = self._embed(tokens, mailbox)
+        sums, merges = self._mailboxes(tokens.shape)
+        step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, sums, merges)
+        x = self._embed(tokens, sums)
         for block in self.layers:
             x, cache = block(x, cache, step)
         if last:
             x = jnp.take_along_axis(x, jnp.maximum(num_tokens - 1, 0)[:, None, None], axis=1)
         return self._logits(self.final_norm(x)), cache.advance(num_tokens)
+
+    def _mailboxes(self, shape: tuple[int, ...]) -> tuple[Mailbox | None, Mailbox | None]:
+        """`Step.sums` and `Step.merges` for tokens of this shape."""
+        config, sharding = self.config, self.sharding
+        # The devices that hold parts of F are those that hold parts of NH, and of V if any do.
+        sums = sharding.mailbox("F", (*shape, config.embed_dim), self.dtype)
+        columns = sharding.local_shape("NH", (config.num_q_heads, config.head_dim))
+        return sums, sharding.mailbox("S", (*shape, *columns), jnp.float32, arrays=2)
 
     def _embed(self, tokens: Array, mailbox: Mailbox | None) -> Array:
         table = self.embed[...]

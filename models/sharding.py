@@ -51,7 +51,7 @@ class Sharding:
       data, tensor, seq: devices along each axis.
       whole: letters that RULES would cut but that stay whole on each device.
       mesh: None for one device, and for planning without devices.
-      collectives: one of COLLECTIVES, which sums small arrays.
+      collectives: one of COLLECTIVES, for what a step exchanges in each layer.
     """
 
     data: int = 1
@@ -126,15 +126,17 @@ class Sharding:
 
     # Below: for code inside `jax.shard_map`; with one device each is the identity.
 
-    def mailbox(self, letters: str, shape: tuple[int, ...], dtype: Any) -> peer.Mailbox | None:
-        """What `sum` needs to add up arrays of this shape through the peers' memory; None where
-        `lax.psum` will do it."""
+    def mailbox(
+        self, letters: str, shape: tuple[int, ...], dtype: Any, arrays: int = 1
+    ) -> peer.Mailbox | None:
+        """For exchanges of such arrays among the devices that hold parts of these dimensions; None
+        where they are left to XLA. See `peer.open_mailbox`."""
         if self.why_not_peer(letters, shape, dtype) is not None:
             return None
-        return peer.open_mailbox(shape, dtype, self._axes_of_all(letters))
+        return peer.open_mailbox(shape, dtype, self._axes_of_all(letters), arrays=arrays)
 
     def why_not_peer(self, letters: str, shape: tuple[int, ...], dtype: Any) -> str | None:
-        """Why sums of such arrays do not go through the peers' memory; None if they do."""
+        """Why exchanges of such arrays do not go through the peers' memory; None if they do."""
         if self.collectives != "peer":
             return f"this sharding's collectives are {self.collectives}"
         if not self._axes_of_all(letters):
@@ -176,11 +178,11 @@ def fit_mesh(config: LlamaConfig, mesh: Mesh) -> Sharding:
 
 
 def choose_collectives(mesh: Mesh) -> tuple[str, str]:
-    """Which of COLLECTIVES sums small arrays on a mesh, and why."""
+    """Which of COLLECTIVES serves small arrays on a mesh, and why."""
     if (obstacle := peer.why_not_here(mesh)) is not None:
         return "xla", obstacle
     if not CHOOSE_PEER:
-        return "xla", "sums through the peers' memory are not measured yet"
+        return "xla", "exchanges through the peers' memory are not measured yet"
     return "peer", "the GPUs of this process write into each other's memory"
 
 

@@ -31,7 +31,7 @@ MAX_DEVICES = 8
 
 
 def why_not(shape: tuple[int, ...], dtype: Any) -> str | None:
-    """Why the kernels cannot sum an array of this shape and dtype; None if they can."""
+    """Why the kernels cannot exchange arrays of this shape and dtype; None if they can."""
     dtype = jnp.dtype(dtype)
     if dtype not in DTYPES:
         return f"the kernels take {', '.join(DTYPES)}, not {dtype}"
@@ -72,12 +72,14 @@ class Mailbox:
 
     Attributes:
       shape, dtype: of the arrays.
+      arrays: how many each device leaves each other in one turn.
       group: the mesh axes over which the group stretches and their sizes, major first.
       slots, turns: Refs, as peer_kernels.py says.
     """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
+    arrays: int
     group: tuple[tuple[str, int], ...]
     slots: Any
     turns: Any
@@ -88,9 +90,11 @@ class Mailbox:
         return tuple(axis for axis, _ in self.group)
 
 
-def open_mailbox(shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> Mailbox:
-    """An empty mailbox for sums over these mesh axes; returns when all devices of the mesh have
-    one, so whoever has it may write into every other.
+def open_mailbox(
+    shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...], *, arrays: int = 1
+) -> Mailbox:
+    """An empty mailbox for exchanges over these mesh axes; returns when all devices of the mesh
+    have one, so whoever has it may write into every other.
 
     Raises:
       ValueError: the kernels do not take this shape and dtype.
@@ -98,15 +102,16 @@ def open_mailbox(shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> M
     if (obstacle := why_not(shape, dtype)) is not None:
         raise ValueError(f"no mailbox for {jnp.dtype(dtype)}{list(shape)}: {obstacle}")
     group = tuple((axis, lax.axis_size(axis)) for axis in axes)
-    size = math.prod(shape)
-    words = size * jnp.dtype(dtype).itemsize // 4
-    blocks = _blocks(words * 4)
     ranks = math.prod(count for _, count in group)
-    # A turn's number stands beside each word; none has the number 0.
-    slots = jax.new_ref(jnp.zeros((2, ranks, blocks, 2 * words // blocks), jnp.int32))
+    num_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+    blocks = _blocks(num_bytes)
+    # Beside each word of four bytes stands the number of its turn; no turn has the number 0.
+    words = 2 * arrays * num_bytes // 4
+    slots = jax.new_ref(jnp.zeros((2, ranks, blocks, words // blocks), jnp.int32))
     turns = jax.new_ref(jnp.zeros(blocks, jnp.int32))
-    _sum(jnp.zeros(size, dtype), slots, turns, group=group, wait_for_all=True)
-    return Mailbox(shape, jnp.dtype(dtype), group, slots, turns)
+    nothing = jnp.zeros(arrays * math.prod(shape), dtype)
+    _sum(nothing, slots, turns, group=group, wait_for_all=True)
+    return Mailbox(shape, jnp.dtype(dtype), arrays, group, slots, turns)
 
 
 def all_reduce(x: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:
@@ -116,17 +121,44 @@ def all_reduce(x: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:
     Raises:
       ValueError: the mailbox is for other arrays or axes.
     """
-    found, made_for = (
-        f"{x.dtype}{list(x.shape)} over {', '.join(axes)}",
-        f"{mailbox.dtype}{list(mailbox.shape)} over {', '.join(mailbox.axes)}",
-    )
-    if found != made_for:
-        raise ValueError(f"the mailbox is for {made_for}; found {found}")
+    _check(mailbox, x.shape, x.dtype, 1, axes)
     total = _sum(
         x.reshape(-1), mailbox.slots, mailbox.turns, group=mailbox.group, wait_for_all=False
     )
     # A kernel's result counts as equal on all devices, but only the group's are.
     return vary_over(total.reshape(x.shape), varying_axes(x) - set(axes))
+
+
+def merge_columns(out: Array, lse: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:
+    """`sharded.merge_columns` over these mesh axes, of n devices. It has no gradient.
+
+    Args:
+      out: [B, T, N, H] float32, lse: [B, T, N] float32, of this device's part.
+      mailbox: for 2 arrays of float32 [B, T, N, H / n].
+
+    Returns:
+      [B, T, N, H / n] float32: columns i * H / n and on, on device i.
+
+    Raises:
+      ValueError: the mailbox is for other arrays or axes.
+    """
+    B, T, N, H = out.shape
+    n = lax.axis_size(axes)
+    _check(mailbox, (B, T, N, H // n), out.dtype, 2, axes)
+    shares = jnp.moveaxis(out.reshape(B, T, N, n, H // n), 3, 0)
+    weights = jnp.broadcast_to(lse[None, ..., None], shares.shape)
+    packed = jnp.stack([shares, weights], axis=1).reshape(n, 2, -1)
+    merged = _merge(packed, mailbox.slots, mailbox.turns, group=mailbox.group)
+    return vary_over(merged.reshape(mailbox.shape), varying_axes(out) | set(axes))
+
+
+def _check(mailbox, shape, dtype, arrays, axes):
+    found, made_for = (
+        f"{arrays} of {dtype}{list(shape)} over {', '.join(axes)}",
+        f"{mailbox.arrays} of {mailbox.dtype}{list(mailbox.shape)} over {', '.join(mailbox.axes)}",
+    )
+    if found != made_for:
+        raise ValueError(f"the mailbox is for {made_for}; found {found}")
 
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.
@@ -135,6 +167,13 @@ def _sum(x, slots, turns, *, group, wait_for_all):
     from jaxdecode.pallas_kernels import peer_kernels
 
     return peer_kernels.all_reduce(x, slots, turns, group=group, wait_for_all=wait_for_all)
+
+
+@functools.partial(jax.jit, static_argnames="group")
+def _merge(x, slots, turns, *, group):
+    from jaxdecode.pallas_kernels import peer_kernels
+
+    return peer_kernels.merge(x, slots, turns, group=group)
 
 
 def _blocks(num_bytes: int) -> int:

@@ -72,29 +72,86 @@ def all_reduce(
     Returns:
       [size] in x's dtype, the same bits on every rank.
     """
+    out_type = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return _exchange(_sum_kernel, x, slots, turns, group, out_type, wait_for_all)
+
+
+def merge(x: jax.Array, slots: Any, turns: Any, *, group: Group) -> jax.Array:
+    """Gives each rank its share of all ranks' attention results, merged by their log-sum-exp.
+
+    Args:
+      x: [ranks, 2, size] float32: the share of each rank, and beside each of its elements the
+        natural-log log-sum-exp that weighs it. -inf: nothing, whatever the element is.
+      slots, turns, group: as for `all_reduce` of both arrays of a share.
+
+    Returns:
+      [size] float32.
+    """
+    out_type = jax.ShapeDtypeStruct(x.shape[2:], x.dtype)
+    return _exchange(_merge_kernel, x, slots, turns, group, out_type, wait_for_all=False)
+
+
+def _exchange(kernel, x, slots, turns, group, out_type, wait_for_all):
     return plgpu.kernel(
-        functools.partial(_all_reduce_kernel, group=group),
-        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        functools.partial(kernel, group=group),
+        out_type=out_type,
         grid=turns.shape,
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(skip_device_barrier=not wait_for_all),
     )(x, slots, turns)
 
 
-def _all_reduce_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
+def _sum_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
     """One block's part of x."""
-    block, size = lax.axis_index("block"), x_ref.shape[0] // turns_ref.shape[0]
-    part = pl.ds(block * size, size)
-    layout = _layout(size, x_ref.dtype)
-    turn = turns_ref[block] + 1
-    half, ranks = turn % 2, range(slots_ref.shape[1])
-    outgoing = [_remote(slots_ref.at[half, _rank(group), block], group, r) for r in ranks]
-    incoming = [slots_ref.at[half, r, block] for r in ranks]
-    _put(plgpu.load(x_ref.at[part], layout=layout), turn, outgoing)
-    parts = _take(turn, incoming, jax.ShapeDtypeStruct((size,), x_ref.dtype))
+    part, layout, turn = _begin(turns_ref, out_ref)
+    x = plgpu.load(x_ref.at[part], layout=layout)
+    incoming, outgoing = _boxes(slots_ref, turn, group)
+    _put(x, turn, outgoing)
+    parts = _take(turn, incoming, jax.ShapeDtypeStruct(x.shape, x.dtype))
     total = functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts])
     out_ref[part] = total.astype(out_ref.dtype)
-    turns_ref[block] = turn
+    turns_ref[lax.axis_index("block")] = turn
+
+
+def _merge_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
+    """One block's part of this rank's share."""
+    part, layout, turn = _begin(turns_ref, out_ref)
+    ranks, arrays, words = x_ref.shape[0], x_ref.shape[1], slots_ref.shape[3]
+    boxes = [pl.ds(i * words // arrays, words // arrays) for i in range(arrays)]
+    incoming, outgoing = _boxes(slots_ref, turn, group)
+    places = [(rank, i) for rank in range(ranks) for i in range(arrays)]
+    # All loads before the first store, which none may pass.
+    shares = [plgpu.load(x_ref.at[rank, i, part], layout=layout) for rank, i in places]
+    for (rank, i), share in zip(places, shares, strict=True):
+        _put(share, turn, [outgoing[rank].at[boxes[i]]])
+    kind = jax.ShapeDtypeStruct(shares[0].shape, shares[0].dtype)
+    taken = _take(turn, [incoming[rank].at[boxes[i]] for rank, i in places], kind)
+    outs, lses = taken[::2], taken[1::2]
+    top = functools.reduce(jnp.maximum, lses)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = [jnp.exp(lse - top) for lse in lses]
+    total = functools.reduce(jnp.add, weights)
+    # Selected before the product: 0 * NaN would poison the sum.
+    parts = [
+        jnp.where(lse == -jnp.inf, 0.0, out) * weight
+        for out, lse, weight in zip(outs, lses, weights, strict=True)
+    ]
+    out_ref[part] = functools.reduce(jnp.add, parts) / jnp.where(total == 0.0, 1.0, total)
+    turns_ref[lax.axis_index("block")] = turn
+
+
+def _begin(turns_ref, out_ref):
+    """This block's part of the result, how its threads hold it, and the number of the turn."""
+    block, size = lax.axis_index("block"), out_ref.shape[0] // turns_ref.shape[0]
+    return pl.ds(block * size, size), _layout(size, out_ref.dtype), turns_ref[block] + 1
+
+
+def _boxes(slots_ref, turn, group: Group):
+    """This block's boxes of the turn: what each rank says to this one, and this one to each."""
+    block, half, ranks = lax.axis_index("block"), turn % 2, range(slots_ref.shape[1])
+    incoming = [slots_ref.at[half, rank, block] for rank in ranks]
+    outgoing = [_remote(slots_ref.at[half, _rank(group), block], group, rank) for rank in ranks]
+    return incoming, outgoing
 
 
 def _rank(group: Group) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxdecode.pallas_kernels import peer
 from jaxdecode.pallas_kernels.combine import add_sinks, combine_partials
 from jaxdecode.pallas_kernels.decode_attention import (
     Lengths,
@@ -86,17 +87,22 @@ def attend_part(
     )  # fmt: skip
 
 
-def merge_columns(out: Array, lse: Array, axis_name: str | tuple[str, ...]) -> Array:
+def merge_columns(
+    out: Array, lse: Array, axis_name: str | tuple[str, ...], mailbox: peer.Mailbox | None = None
+) -> Array:
     """Merges the parts' results so that each device gets its own share of every head's columns.
 
-    One all-to-all moves out and lse together: 1 / n of what gathering all parts would.
+    One exchange moves out and lse together: 1 / n of what gathering all parts would.
 
     Args:
       out: [B, T, N, H] float32, lse: [B, T, N] float32, of this device's part.
+      mailbox: what to exchange through, see `peer.merge_columns`; None for an all-to-all of XLA.
 
     Returns:
       [B, T, N, H / n] float32: columns i * H / n and on, on device i.
     """
+    if mailbox is not None:
+        return peer.merge_columns(out, lse, mailbox.axes, mailbox)
     n = lax.axis_size(axis_name)
     B, T, N, H = out.shape
     shares = out.reshape(B, T, N, n, H // n)

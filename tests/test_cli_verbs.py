@@ -235,7 +235,7 @@ def test_doctor(cli, cache_home):
     assert f"jax: {jax.__version__}\n" in out
     assert "device: cpu 0: cpu" in out
     assert "attention: xla: " in out
-    assert "sums over devices: xla: the kernels need NVIDIA Hopper GPUs" in out
+    assert "collectives: xla: the kernels need NVIDIA Hopper GPUs" in out
     assert "mesh: data=1, tensor=8, seq=1 (--mesh auto, for the same model)\n" in out
     assert f"compiled programs: {path} (not made yet)" in out
     path.mkdir(parents=True)

@@ -54,7 +54,7 @@ def test_devices_that_do(new_jax, monkeypatch, count):
     mesh = mesh_of(*[{}] * count)
     assert peer.why_not_here(mesh) is None
     assert choose_collectives(mesh) == (
-        "xla", "sums through the peers' memory are not measured yet"
+        "xla", "exchanges through the peers' memory are not measured yet"
     )  # fmt: skip
     monkeypatch.setattr(sharding_module, "CHOOSE_PEER", True)
     assert choose_collectives(mesh)[0] == "peer"
@@ -118,6 +118,6 @@ def test_a_mesh_of_this_machine_uses_xla():
 )
 def test_a_mailbox_is_for_one_kind_of_array(shape, dtype, axes):
     made = jnp.dtype(jnp.bfloat16)
-    mailbox = peer.Mailbox((1, 1, 512), made, (("tensor", 2),), slots=None, turns=None)
-    with pytest.raises(ValueError, match=r"is for bfloat16\[1, 1, 512\] over tensor; found"):
+    mailbox = peer.Mailbox((1, 1, 512), made, 1, (("tensor", 2),), slots=None, turns=None)
+    with pytest.raises(ValueError, match=r"is for 1 of bfloat16\[1, 1, 512\] over tensor; found"):
         peer.all_reduce(jnp.zeros(shape, dtype), axes, mailbox)

@@ -23,7 +23,7 @@ from meshes import copies
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.llama import Llama, param_letters
 from jaxdecode.models.sharding import Sharding, fit_mesh
-from jaxdecode.pallas_kernels import peer
+from jaxdecode.pallas_kernels import combine_partials, merge_columns, peer
 
 pytestmark = pytest.mark.gpu
 
@@ -177,6 +177,35 @@ def test_two_mailboxes_by_turns(count):
     np.testing.assert_allclose(small[0], mean[:, :, :512], atol=1e-5)
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_merging_gives_each_rank_its_columns(count):
+    """A thousand times, of other parts each time; one is empty, and one row of all."""
+    B, T, N, H = 2, 1, 16, 128
+    rng = np.random.default_rng(0)
+    out = rng.standard_normal((count, B, T, N, H)).astype(np.float32)
+    lse = (3 * rng.standard_normal((count, B, T, N))).astype(np.float32)
+    lse[1, 0], out[1, 0] = -np.inf, np.nan
+    lse[:, 1, 0, 3] = -np.inf
+    axes = ("tensor",)
+
+    def run(out, lse):
+        mailbox = peer.open_mailbox((B, T, N, H // count), jnp.float32, axes, arrays=2)
+
+        def turn(i, worst):
+            parts = out * jnp.where(i % 3 == 0, 1.0, -2.0), jnp.roll(lse, i, axis=2)
+            found = merge_columns(*parts, axes, mailbox)
+            return jnp.maximum(worst, jnp.max(jnp.abs(found - merge_columns(*parts, axes))))
+
+        return merge_columns(out, lse, axes, mailbox), lax.fori_loop(0, 1000, turn, 0.0)
+
+    columns, worst = on_each(tensor_mesh(count), run)(out, lse)
+    expected, _ = combine_partials(jnp.asarray(out), jnp.asarray(lse))
+    found = np.concatenate(list(np.asarray(columns)), axis=-1)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert not found[1, 0, 3].any()
+    assert np.asarray(worst).max() < 1e-5
+
+
 AXES = ("data", "tensor", "seq")
 # Every way to lay all devices out, and the axes of more than one device to sum over.
 GROUPS = [
@@ -242,9 +271,11 @@ def decoding(model: Llama, steps: int):
     return run, (state, start, model.init_cache(2, 128))
 
 
+@pytest.mark.parametrize("axis", ["tensor", "seq"])
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_decoder_says_the_tokens_of_one_device_and_copies_no_mailbox(count):
-    sharding = dataclasses.replace(fit_mesh(CONFIG, tensor_mesh(count)), collectives="peer")
+def test_a_decoder_says_the_tokens_of_one_device_and_copies_no_mailbox(count, axis):
+    mesh = Mesh(np.array(jax.devices()[:count]), (axis,))
+    sharding = dataclasses.replace(fit_mesh(CONFIG, mesh), collectives="peer")
     with jax.default_matmul_precision("highest"):
         alone, operands = decoding(model_on(Sharding()), 64)
         expected = np.asarray(alone(*operands))
@@ -254,8 +285,8 @@ def test_a_decoder_says_the_tokens_of_one_device_and_copies_no_mailbox(count):
     np.testing.assert_array_equal(found, expected)
     assert len(np.unique(expected)) > 8
     assert "all-reduce" not in hlo
-    # 2 rows of 1024 float32 are eight blocks. A copied mailbox is not where the peers write.
+    assert "all-to-all" not in hlo
+    # Of 2 rows of 1024 float32. A copied mailbox is not where the peers write.
     slots = (2, count, 8, 2 * 2 * 1024 // 8)
     assert f"s32[{','.join(map(str, slots))}]" in hlo
     assert copies(hlo, slots) == []
-    assert copies(hlo, (8,)) == []

@@ -20,7 +20,7 @@ from meshes import make_mesh, sharded_model
 from naive_llama import CONFIG
 
 from jaxdecode.models.llama import Llama
-from jaxdecode.pallas_kernels import peer
+from jaxdecode.pallas_kernels import merge_columns, peer
 
 AXES = ("data", "tensor", "seq")
 
@@ -83,6 +83,31 @@ def test_a_mailbox_serves_a_loop():
     assert "stablehlo.while" in text
 
 
+def merged_twice(out, lse):
+    """Over seq; the second merge is of the first one's columns, as all have them."""
+    B, T, N, H = out.shape
+    n = lax.axis_size("seq")
+    mailbox = peer.open_mailbox((B, T, N, H // n), jnp.float32, ("seq",), arrays=2)
+    columns = merge_columns(out, lse, ("seq",), mailbox)
+    return merge_columns(jnp.concatenate([columns] * n, axis=-1), lse, ("seq",), mailbox)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 1, 8), (2, 2, 2)], ids=str)
+def test_merging_lowers_for_cuda(sizes):
+    out = jax.ShapeDtypeStruct((2, 3, 16, 128), jnp.float32)
+    lse = jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)
+    mapped = jax.shard_map(
+        merged_twice, mesh=make_mesh(sizes), in_specs=P(), out_specs=P(None, None, None, "seq")
+    )
+    text = jax.jit(mapped).trace(out, lse).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("skip_device_barrier = false") == 1
+    assert text.count("call @_merge") == 2
+    assert "all_to_all" not in text
+    whole = jax.shard_map(merged_twice, mesh=make_mesh(sizes), in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.jit(whole).trace(out, lse)
+
+
 def test_jax_refuses_a_mesh_in_another_order():
     x = jax.ShapeDtypeStruct((512,), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="row-major"):
@@ -105,7 +130,7 @@ def test_a_sum_varies_over_the_other_axes_only(out, fits):
             jax.jit(mapped).trace(x)
 
 
-WIDE = dataclasses.replace(CONFIG, embed_dim=256, num_q_heads=8, num_kv_heads=4, head_dim=8)
+WIDE = dataclasses.replace(CONFIG, embed_dim=256, num_q_heads=16, num_kv_heads=4, head_dim=64)
 
 
 def step_text(model: Llama, B: int, T: int) -> str:
@@ -125,15 +150,20 @@ def step_text(model: Llama, B: int, T: int) -> str:
 @pytest.mark.parametrize(
     ("sizes", "B", "T"), [((1, 2, 1), 1, 1), ((2, 2, 2), 4, 1), ((1, 1, 4), 2, 3)], ids=str
 )
-def test_every_sum_of_a_decoding_step(sizes, B, T):
+def test_what_a_decoding_step_exchanges_through_mailboxes(sizes, B, T):
     model = sharded_model(WIDE, make_mesh(sizes))
-    sums = 2 * WIDE.num_layers + 1
-    assert step_text(model, B, T).count('"stablehlo.all_reduce"') == sums
+    sums, merges = 2 * WIDE.num_layers + 1, WIDE.num_layers * (sizes[2] > 1)
+    text = step_text(model, B, T)
+    assert text.count('"stablehlo.all_reduce"') == sums
+    assert text.count('"stablehlo.all_to_all"') == merges
     model.sharding = dataclasses.replace(model.sharding, collectives="peer")
     text = step_text(model, B, T)
     assert "all_reduce" not in text
-    assert text.count("call @_sum") == sums + 1
-    assert text.count("custom_call @mosaic_gpu") == 2
+    assert "all_to_all" not in text
+    opened = 1 + (merges > 0)
+    assert text.count("call @_sum") == sums + opened
+    assert text.count("call @_merge") == merges
+    assert text.count("skip_device_barrier = false") == opened
 
 
 def test_a_long_prompt_is_summed_by_xla():

@@ -77,7 +77,7 @@ def _device_lines(chosen: jax.Device) -> list[str]:
         choice = choose_attention(config, dtype, "auto")
         lines.append(f"attention: {choice} (a decode step in {dtype}, {heads})")
     lines.append(f"{_auto_mesh(config, len(devices))} (--mesh auto, for the same model)")
-    lines.append(f"sums over devices: {_collectives(devices)}")
+    lines.append(f"collectives: {_collectives(devices)}")
     return lines
 
 
@@ -93,7 +93,7 @@ def _auto_mesh(config: LlamaConfig, num_devices: int) -> str:
 
 
 def _collectives(devices: list[jax.Device]) -> str:
-    """What adds up the devices' parts of a decode step, and why."""
+    """What the devices exchange in each layer of a decode step goes through, and why."""
     import numpy as np
     from jax.sharding import Mesh
 
