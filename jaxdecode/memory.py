@@ -153,7 +153,7 @@ def _step_bytes(work: Workload, sharding: Sharding, platform: str) -> int:
     step = B * T * stream + max(B * T * attention + blocks, B * T * feed_forward)
     if platform == "cpu":  # where the layers' float32 results do not share their memory
         step += config.num_layers * B * T * N * H * 4
-    else:  # where the portable attention may lay out a layer's keys anew, all at once
+    else:  # where the portable attention may lay out a layer's keys and values anew
         S = work.capacity(sharding) // sharding.parts("S")
-        step += B * S * K * H * work.cache_itemsize
+        step += 2 * B * S * K * H * work.cache_itemsize
     return step

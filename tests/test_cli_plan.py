@@ -69,8 +69,8 @@ def test_a_mesh_that_does_not_fit_names_one_that_does(cli, answer):
     assert found["smallest"]["devices"] == 8
     code, out, _ = cli("plan", *LLAMA, "--mesh", "tensor=4")
     assert code == 0
-    assert "too little: does not fit    11.4 GB\n" in out
-    assert "largest context here: 861440\n" in out
+    assert "too little: does not fit    11.9 GB\n" in out
+    assert "largest context here: 856192\n" in out
     assert "fewest such devices that hold it: 8 (tensor=8, seq=1)\n" in out
     code, out, _ = cli("plan", *LLAMA, "--memory-fraction", "0.001")
     assert "largest context here: none\n" in out
