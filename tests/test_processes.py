@@ -184,7 +184,7 @@ def slurm(port, process_id):
 
 def test_slurm_starts_one_command_on_all(generating, model):
     port = free_port()
-    sampled = ("-n", 8, "--temperature", 1, "--json")
+    sampled = ("-n", 8, "--ignore-eos", "--temperature", 1, "--json")
     both = [generating(*sampled, prelude=slurm(port, i), model=model) for i in range(2)]
     (code, out, said), silent = map(ends, both)
     assert code == 0, said
