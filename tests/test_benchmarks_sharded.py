@@ -172,7 +172,7 @@ def test_options(sharded, capsys):
 # Planning
 @pytest.mark.parametrize(
     ("devices", "memory", "layers"),
-    [(2, 138e9, 48), (2, 112e9, 40), (4, 112e9, 48), (1, 112e9, 20)],
+    [(2, 138e9, 48), (2, 112e9, 39), (4, 112e9, 48), (1, 112e9, 19)],
 )
 def test_a_million_tokens_take_as_many_layers_as_fit(sharded, devices, memory, layers):
     device = dataclasses.replace(H200, memory=int(memory))
