@@ -26,8 +26,8 @@ Array = jax.Array
 AXES = ("data", "tensor", "seq")
 # "peer": the GPUs write into each other's memory; "xla": what the compiler has, NCCL on GPUs.
 COLLECTIVES = ("peer", "xla")
-# Whether "peer" is chosen where it can run: once it is verified and timed on several GPUs.
-CHOOSE_PEER = False
+# Where "peer" was verified and timed, and so is chosen: this kind of GPU, and so many of them.
+VERIFIED_KIND, VERIFIED_DEVICES = "NVIDIA H200", 2
 
 # Within one array an axis cuts the first dimension that may have it: the cache [B, S, K, H] is cut
 # along S, so it keeps whole heads, while weights [D, N, H] give `seq` a share of each head's
@@ -181,8 +181,12 @@ def choose_collectives(mesh: Mesh) -> tuple[str, str]:
     """Which of COLLECTIVES serves small arrays on a mesh, and why."""
     if (obstacle := peer.why_not_here(mesh)) is not None:
         return "xla", obstacle
-    if not CHOOSE_PEER:
-        return "xla", "exchanges through the peers' memory are not measured yet"
+    kind, count = mesh.devices.flat[0].device_kind, mesh.devices.size
+    if kind != VERIFIED_KIND or count > VERIFIED_DEVICES:
+        return "xla", (
+            "exchanges through the peers' memory are verified on up to "
+            f"{VERIFIED_DEVICES} {VERIFIED_KIND} so far, and the mesh is of {count} {kind}"
+        )
     return "peer", "the GPUs of this process write into each other's memory"
 
 

@@ -12,11 +12,12 @@ import pytest
 from meshes import make_mesh
 from naive_llama import CONFIG
 
-from jaxdecode.models import sharding as sharding_module
 from jaxdecode.models.sharding import COLLECTIVES, Sharding, choose_collectives, fit_mesh
 from jaxdecode.pallas_kernels import peer
 
-HOPPER = {"platform": "gpu", "compute_capability": "9.0", "process_index": 0}
+HOPPER = {
+    "platform": "gpu", "compute_capability": "9.0", "process_index": 0, "device_kind": "NVIDIA H200"
+}  # fmt: skip
 
 
 def mesh_of(*devices):
@@ -49,15 +50,19 @@ def test_devices_that_do_not_reach_each_other(new_jax, devices, words):
     assert choose_collectives(mesh_of(*devices)) == ("xla", reason)
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
-def test_devices_that_do(new_jax, monkeypatch, count):
-    mesh = mesh_of(*[{}] * count)
+@pytest.mark.parametrize(
+    ("count", "kind", "collectives"),
+    [(2, "NVIDIA H200", "peer"), (4, "NVIDIA H200", "xla"), (2, "NVIDIA H100 PCIe", "xla")],
+)
+def test_devices_that_do(new_jax, count, kind, collectives):
+    mesh = mesh_of(*[{"device_kind": kind}] * count)
     assert peer.why_not_here(mesh) is None
-    assert choose_collectives(mesh) == (
-        "xla", "exchanges through the peers' memory are not measured yet"
-    )  # fmt: skip
-    monkeypatch.setattr(sharding_module, "CHOOSE_PEER", True)
-    assert choose_collectives(mesh)[0] == "peer"
+    chosen, reason = choose_collectives(mesh)
+    assert chosen == collectives
+    if chosen == "xla":
+        assert (
+            f"verified on up to 2 NVIDIA H200 so far, and the mesh is of {count} {kind}" in reason
+        )
 
 
 def test_an_older_jax_is_named(monkeypatch):

@@ -233,7 +233,8 @@ def test_axes_of_any_mesh(sizes, axes):
 def test_a_mesh_in_another_order_is_left_to_nccl(monkeypatch):
     from jaxdecode.models import sharding
 
-    monkeypatch.setattr(sharding, "CHOOSE_PEER", True)
+    monkeypatch.setattr(sharding, "VERIFIED_KIND", jax.devices()[0].device_kind)
+    monkeypatch.setattr(sharding, "VERIFIED_DEVICES", jax.device_count())
     devices = np.array(jax.devices())
     kind, reason = sharding.choose_collectives(Mesh(devices[::-1], ("tensor",)))
     assert kind == "xla"
