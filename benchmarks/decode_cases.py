@@ -56,10 +56,21 @@ class Chart:
 
 def _at_depths(
     depths: tuple[int, ...], implementations: tuple[str, ...], *, batch: int = 1,
-    capacity: int | None = None,
+    capacity: int | None = None, longest: int | None = None,
 ) -> tuple[Case, ...]:  # fmt: skip
+    """A case for each depth and implementation. With `longest`, our kernels' caches all have room
+    for so many tokens: they read what is there, and one compiled program serves every depth."""
+
+    def room(depth: int, name: str) -> int | None:
+        if longest is None or name not in (OURS, NO_SPLIT):
+            return capacity
+        # How many chunks there can be follows from the room, and short caches do better with few.
+        return K if depth < K else longest + K
+
     return tuple(
-        Case((depth,) * batch, name, capacity) for depth in depths for name in implementations
+        Case((depth,) * batch, name, room(depth, name))
+        for depth in depths
+        for name in implementations
     )
 
 
@@ -83,9 +94,9 @@ _FILLED = 64 * K - 1024  # leaves room for the tokens
 CHARTS = {
     "depth": Chart(
         "codellama-34b", "CodeLlama-34B, bfloat16, batch 1", "depth",
-        _at_depths((512, 64 * K, 8 * K), ALL)
-        + _at_depths((128 * K, *_BETWEEN), (OURS, XLA))
-        + _at_depths((128 * K, *_BETWEEN), (NO_SPLIT, CUDNN)),
+        _at_depths((512, 64 * K, 8 * K), ALL, longest=128 * K)
+        + _at_depths((128 * K, *_BETWEEN), (OURS, NO_SPLIT), longest=128 * K)
+        + _at_depths((128 * K, *_BETWEEN), (XLA, CUDNN)),
         cost_model=True,
     ),
     "capacity": Chart(
@@ -95,10 +106,10 @@ CHARTS = {
     ),
     "mha": Chart(
         "llama-2-7b", "LLaMA-2-7B (32 KV heads), float16, batch 1", "depth",
-        _at_depths((512, 64 * K), ALL)
+        _at_depths((512, 64 * K), ALL, longest=64 * K)
         + _at_depths((4 * K,), ALL, batch=16)
-        + _at_depths((8 * K, *_BETWEEN), (OURS, XLA))
-        + _at_depths((8 * K, *_BETWEEN), (NO_SPLIT, CUDNN)),
+        + _at_depths((8 * K, *_BETWEEN), (OURS, NO_SPLIT), longest=64 * K)
+        + _at_depths((8 * K, *_BETWEEN), (XLA, CUDNN)),
     ),
     "batch": Chart(
         "llama-3.1-8b", "Llama-3.1-8B, bfloat16, 8k tokens in the cache", "batch",
