@@ -81,15 +81,17 @@ def attend(
       out_dtype: of the result.
     """
     sinks = None if sinks is None else sinks.astype(jnp.float32)
+    forward = functools.partial(_attend, scale=scale, softcap=softcap, num_splits=num_splits)
+    return differentiable(forward, (q, k, v, lo, hi, sinks), scale, softcap, jnp.dtype(out_dtype))
+
+
+def _attend(q, k, v, lo, hi, sinks, *, scale, softcap, num_splits, out_dtype):
     # One sequence needs no plan: equal chunks of it are equal work.
     if num_splits is None and q.shape[0] == 1:
         num_splits = choose_num_splits(q.shape, k.shape)
     config = split_config(q.shape, k.shape, num_splits, scale, softcap)
     plan = _plan(lo, hi, k.shape, config) if num_splits is None else None
-    forward = functools.partial(_forward, config=config)
-    return differentiable(
-        forward, (q, k, v, lo, hi, sinks, plan), scale, softcap, jnp.dtype(out_dtype)
-    )
+    return _forward(q, k, v, lo, hi, sinks, plan, config=config, out_dtype=out_dtype)
 
 
 def _plan(lo: Array, hi: Array, k_shape: tuple[int, ...], config: SplitConfig) -> SplitPlan:

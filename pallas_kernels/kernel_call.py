@@ -1,4 +1,4 @@
-"""What the GPU kernels' callers share: the gradient."""
+"""What the GPU kernels' callers share: the gradient, and vmap."""
 
 from __future__ import annotations
 
@@ -22,12 +22,44 @@ def differentiable(
     """A kernel's attention with the gradient of the portable implementation.
 
     Args:
-      forward: computes (out, lse) from the operands and, by keyword, out_dtype.
-      operands: (q, k, v, lo, hi, sinks, ...) with sinks [N] float32 or None; what follows is passed
-        on and has no gradient.
+      forward: computes (out, lse) from the operands and, by keyword, out_dtype. Under vmap it is
+        called with a larger batch.
+      operands: (q, k, v, lo, hi, sinks) with sinks [N] float32 or None.
       scale, softcap: of the logits, as `forward` takes them.
     """
-    return forward(*operands, out_dtype=jnp.dtype(out_dtype))
+    return _folding(functools.partial(forward, out_dtype=jnp.dtype(out_dtype)))(*operands)
+
+
+def _folding(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """attend(q, k, v, lo, hi, sinks), of which vmap makes one call of a larger batch; or a loop of
+    calls where one cache or several sinks are for all."""
+    one = jax.custom_batching.custom_vmap(attend)
+
+    @one.def_vmap
+    def many(size: int, mapped: tuple[Any, ...], *operands: Any) -> tuple[Any, tuple[bool, bool]]:
+        *arrays, sinks = operands
+        if not (mapped[1] and mapped[2]) or mapped[5]:
+            return _looped(one, mapped, operands), (True, True)
+        whole = [
+            x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_mapped in zip(arrays, mapped[:5], strict=True)
+        ]
+        results = one(*(x.reshape(-1, *x.shape[2:]) for x in whole), sinks)
+        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in results), (True, True)
+
+    return one
+
+
+def _looped(attend, mapped, operands):
+    """Calls for one row of the mapped operands after the other."""
+    flags = [flag is True for flag in mapped]
+    rows = [x for x, flag in zip(operands, flags, strict=True) if flag]
+
+    def call(rows):
+        row = iter(rows)
+        return attend(*(next(row) if f else x for x, f in zip(operands, flags, strict=True)))
+
+    return jax.lax.map(call, rows)
 
 
 def _saving(forward, operands, scale, softcap, out_dtype):
@@ -36,7 +68,7 @@ def _saving(forward, operands, scale, softcap, out_dtype):
 
 
 def _backward(forward, scale, softcap, out_dtype, residuals, cotangents):
-    (q, k, v, lo, hi, sinks, *rest), out, lse = residuals
+    (q, k, v, lo, hi, sinks), out, lse = residuals
     d_out, d_lse = cotangents
     dq, dk, dv = attend_gradient(
         q, k, v, lo, hi, out, lse, d_out, d_lse, scale=scale, softcap=softcap
@@ -48,7 +80,7 @@ def _backward(forward, scale, softcap, out_dtype, residuals, cotangents):
         # Without a visible key and with a sink of -inf both are -inf, and their difference NaN.
         weight = jnp.exp(sinks[None, None, :] - jnp.where(lse == -jnp.inf, 0.0, lse))
         d_sinks = -jnp.sum(weight * delta, axis=(0, 1))
-    return ((dq, dk, dv, None, None, d_sinks, *[None] * len(rest)),)
+    return ((dq, dk, dv, None, None, d_sinks),)
 
 
 differentiable.defvjp(_saving, _backward)

@@ -232,7 +232,7 @@ def test_one_program_serves_every_length():
         np.testing.assert_array_equal(row, attend(q, k, v, length[None])[0][0])
 
 
-def test_vmap_is_a_loop():
+def test_vmap_is_one_call_of_a_larger_batch():
     q, k, v = inputs(3, 1024, 16, 2)
     kv_len = jnp.asarray([1024, 5, 0], jnp.int32)
     call = functools.partial(attend, num_splits=4)

@@ -152,7 +152,7 @@ def test_gradient_is_that_of_the_portable_implementation(interpreter):
         np.testing.assert_allclose(x, y, rtol=0.05, atol=0.02)
 
 
-def test_vmap_is_a_loop(interpreter):
+def test_vmap_is_one_call_of_a_larger_batch(interpreter):
     q, k, v, kv_len = inputs(2, 24, 128, 2, 1, kv_len=[100, 64])
     rows = jax.vmap(lambda *x: attend(*x)[0])(*(x[:, None] for x in (q, k, v, kv_len)))
     np.testing.assert_array_equal(rows[:, 0], attend(q, k, v, kv_len)[0])
