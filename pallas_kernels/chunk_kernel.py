@@ -16,8 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecode.pallas_kernels.combine_kernel import reduce_tree
-from jaxdecode.pallas_kernels.mosaic import LOG2_E, swizzled, zero_unseen
+from jaxdecode.pallas_kernels.mosaic import LOG2_E, reduce_tree, swizzled, zero_unseen
 from jaxdecode.pallas_kernels.split_config import SplitConfig
 
 # Rows of the left operand that one instruction of the tensor cores takes.

@@ -7,7 +7,6 @@ flash_decode_kernel.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecode.pallas_kernels.mosaic import LOG2_E
+from jaxdecode.pallas_kernels.mosaic import LOG2_E, reduce_tree
 from jaxdecode.pallas_kernels.split_config import SplitConfig
 
-# A row is spread over the 128 threads of a warpgroup, each with the same number of elements.
-THREADS = 128
 # Chunks of a row that are in flight together where their number is not known when compiled.
 _AT_ONCE, _FEW = 16, 2
 
@@ -170,11 +167,3 @@ def _store_row(merged, top, total, place, out_ref, lse_ref, row_smem):
         plgpu.copy_smem_to_gmem(row_smem.at[pl.ds(0, out_ref.shape[-1])], out_ref.at[place])
         plgpu.wait_smem_to_gmem(0)
     lse_ref[place] = jnp.where(empty, -jnp.inf, (top + jnp.log2(divisor)) / LOG2_E)
-
-
-def reduce_tree(combine: Callable, values: list) -> Any:
-    """Reduces as a balanced tree: a chain would cost its length in latencies."""
-    while len(values) > 1:
-        pairs = [combine(*values[i : i + 2]) for i in range(0, len(values) - 1, 2)]
-        values = pairs + values[len(values) & ~1 :]
-    return values[0]

@@ -30,7 +30,7 @@ from jaxdecode.pallas_kernels.chunk_kernel import (
     take_q,
     visible_slots,
 )
-from jaxdecode.pallas_kernels.combine_kernel import THREADS, reduce_tree
+from jaxdecode.pallas_kernels.mosaic import THREADS, reduce_tree
 from jaxdecode.pallas_kernels.split_config import SplitConfig
 from jaxdecode.pallas_kernels.split_plan import SplitPlan
 

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2_E = math.log2(math.e)
+# Threads of a warpgroup. Each has the same number of elements of a row that is spread over them.
+THREADS = 128
+
+
+def reduce_tree(combine: Callable, values: list) -> Any:
+    """Reduces as a balanced tree: a chain would cost its length in latencies."""
+    while len(values) > 1:
+        pairs = [combine(*values[i : i + 2]) for i in range(0, len(values) - 1, 2)]
+        values = pairs + values[len(values) & ~1 :]
+    return values[0]
 
 
 def swizzled(columns: int, itemsize: int) -> tuple:
