@@ -20,7 +20,6 @@ from jaxdecode.pallas_kernels.split_config import (
     split_config,
 )
 from jaxdecode.pallas_kernels.split_plan import SplitPlan, make_plan
-from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
 
@@ -80,9 +79,8 @@ def attend(
         for equal work per multiprocessor whatever the lengths.
       out_dtype: of the result.
     """
-    sinks = None if sinks is None else sinks.astype(jnp.float32)
     forward = functools.partial(_attend, scale=scale, softcap=softcap, num_splits=num_splits)
-    return differentiable(forward, (q, k, v, lo, hi, sinks), scale, softcap, jnp.dtype(out_dtype))
+    return differentiable(forward, (q, k, v, lo, hi, sinks), scale, softcap, out_dtype)
 
 
 def _attend(q, k, v, lo, hi, sinks, *, scale, softcap, num_splits, out_dtype):
@@ -109,11 +107,6 @@ def _forward(q, k, v, lo, hi, sinks, plan, *, config, out_dtype):
 
     if plan is None:
         partials = flash_decode_kernel.split_attention(q, k, v, lo, hi, config)
-        results = combine_kernel.combine_splits(*partials, sinks, q.shape, out_dtype, config)
-    else:
-        partials = flash_decode_kernel.planned_attention(q, k, v, lo, hi, plan, config)
-        results = combine_kernel.combine_planned(
-            *partials, plan.spans, sinks, q.shape, out_dtype, config
-        )
-    # Inside shard_map a kernel's results would count as equal on all devices.
-    return vary_alike(*results, q, k, v, lo, hi)[:2]
+        return combine_kernel.combine_splits(*partials, sinks, q.shape, out_dtype, config)
+    partials = flash_decode_kernel.planned_attention(q, k, v, lo, hi, plan, config)
+    return combine_kernel.combine_planned(*partials, plan.spans, sinks, q.shape, out_dtype, config)

@@ -1,4 +1,4 @@
-"""What the GPU kernels' callers share: the gradient, and vmap."""
+"""What the GPU kernels' callers share: the call, its gradient, and vmap."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdecode.pallas_kernels.varying import vary_alike
 from jaxdecode.pallas_kernels.xla import attend_gradient
 
 Array = jax.Array
@@ -22,12 +23,18 @@ def differentiable(
     """A kernel's attention with the gradient of the portable implementation.
 
     Args:
-      forward: computes (out, lse) from the operands and, by keyword, out_dtype. Under vmap it is
-        called with a larger batch.
-      operands: (q, k, v, lo, hi, sinks) with sinks [N] float32 or None.
+      forward: computes (out, lse) from the operands, sinks in float32, and, by keyword, out_dtype,
+        a `numpy.dtype`. Under vmap it is called with a larger batch.
+      operands: (q, k, v, lo, hi, sinks) with sinks [N] or None.
       scale, softcap: of the logits, as `forward` takes them.
+      out_dtype: of the result.
     """
-    return _folding(functools.partial(forward, out_dtype=jnp.dtype(out_dtype)))(*operands)
+    *arrays, sinks = operands
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    call = _folding(functools.partial(forward, out_dtype=jnp.dtype(out_dtype)))
+    # Inside shard_map a kernel's results would count as equal on all devices.
+    out, lse, *_ = vary_alike(*call(*arrays, sinks), *arrays)
+    return out, lse
 
 
 def _folding(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
@@ -77,9 +84,10 @@ def _backward(forward, scale, softcap, out_dtype, residuals, cotangents):
     if sinks is not None:
         # A sink is a logit whose value is zero: only the normalisation feels it.
         delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse
+        logits = sinks.astype(jnp.float32)[None, None, :]
         # Without a visible key and with a sink of -inf both are -inf, and their difference NaN.
-        weight = jnp.exp(sinks[None, None, :] - jnp.where(lse == -jnp.inf, 0.0, lse))
-        d_sinks = -jnp.sum(weight * delta, axis=(0, 1))
+        weight = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse))
+        d_sinks = -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)
     return ((dq, dk, dv, None, None, d_sinks),)
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from jaxdecode.pallas_kernels.kernel_call import differentiable
 from jaxdecode.pallas_kernels.split_config import NUM_SMS, num_row_blocks
-from jaxdecode.pallas_kernels.varying import vary_alike
 
 if TYPE_CHECKING:
     from jaxdecode.pallas_kernels.prefill_kernel import WideConfig
@@ -60,7 +59,6 @@ def attend(
     A T that is not a multiple of 8 costs a padded copy of q. A NaN or infinity in a slot of v
     reaches all queries of a block as soon as one of them sees it.
     """
-    sinks = None if sinks is None else sinks.astype(jnp.float32)
     forward = functools.partial(_forward, scale=scale, softcap=softcap)
     return differentiable(forward, (q, k, v, lo, hi, sinks), scale, softcap, out_dtype)
 
@@ -77,9 +75,7 @@ def _forward(q, k, v, lo, hi, sinks, *, scale, softcap, out_dtype):
     out, lse = prefill_kernel.wide_attention(
         _padded(q, 8, mode="constant"), k, v, lo, hi, sinks, out_dtype, config
     )
-    results = out[:, :T], jnp.swapaxes(lse, 1, 2)[:, :T]
-    # Inside shard_map a kernel's results would count as equal on all devices.
-    return vary_alike(*results, q, k, v, lo, hi)[:2]
+    return out[:, :T], jnp.swapaxes(lse, 1, 2)[:, :T]
 
 
 def _padded(x, multiple, mode):

@@ -18,6 +18,8 @@ LO, HI = jnp.array([[0, 1, 0]], jnp.int32), jnp.array([[0, 3, 5]], jnp.int32)
 
 
 def stand_in(q, k, v, lo, hi, sinks, *, out_dtype, softcap):
+    assert sinks is None or sinks.dtype == jnp.float32
+    assert isinstance(out_dtype, np.dtype)
     out, lse = xla.attend(q, k, v, lo, hi, scale=SCALE, softcap=softcap, sinks=sinks)
     return out.astype(out_dtype), lse
 
@@ -32,13 +34,20 @@ def portable(q, k, v, sinks, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("sinks", [None, [0.5, -1.0], [-np.inf, 0.5]], ids=["none", "two", "one"])
-def test_gradient_is_that_of_the_portable_attention(sinks, softcap):
+@pytest.mark.parametrize(
+    ("sinks", "dtype"),
+    [
+        (None, None), ([0.5, -1.0], "float32"), ([-np.inf, 0.5], "float32"),
+        ([0.5, -1.0], "bfloat16"),
+    ],
+    ids=["none", "two", "one", "two in bfloat16"],
+)  # fmt: skip
+def test_gradient_is_that_of_the_portable_attention(sinks, dtype, softcap):
     q, k, v = (
         jax.random.normal(jax.random.key(i), shape)
         for i, shape in enumerate([(1, 3, 2, 8), (1, 5, 1, 8), (1, 5, 1, 8)])
     )
-    arguments = (q, k, v, None if sinks is None else jnp.array(sinks, jnp.float32))
+    arguments = (q, k, v, None if sinks is None else jnp.array(sinks, dtype))
 
     def loss(attend, *arguments):
         out, lse = attend(*arguments, softcap)
@@ -50,6 +59,8 @@ def test_gradient_is_that_of_the_portable_attention(sinks, softcap):
         for attend in (through_kernels, portable)
     )
     for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
         assert np.isfinite(other).all()
         assert np.abs(other).max() > 0.01
         np.testing.assert_allclose(one, other, atol=1e-5)
