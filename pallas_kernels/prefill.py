@@ -94,7 +94,9 @@ def wide_config(
     _, S, _, H = k_shape
     # Wide heads leave registers for narrow tiles only.
     block_kv = 128 if H <= 128 and S >= 128 else 64
-    q_bytes, out_bytes = 2 * 64 * H * 2, 2 * 64 * 64 * jnp.dtype(out_dtype).itemsize
+    q_bytes = _BLOCK_ROWS * H * 2
+    # The result leaves 64 columns at a time, or fewer.
+    out_bytes = _BLOCK_ROWS * 64 * jnp.dtype(out_dtype).itemsize
     stages = (_SHARED_BYTES - q_bytes - out_bytes) // (2 * 2 * block_kv * H)
     return WideConfig(
         heads=_heads(q_shape, k_shape),
