@@ -100,6 +100,15 @@ def fail_if_skipped(report):
     return report
 
 
+@pytest.fixture
+def interpreter():
+    """Runs the GPU kernels in Mosaic's interpreter, and fails the test on a race."""
+    from kernel_runs import interpreted
+
+    with interpreted():
+        yield
+
+
 @pytest.fixture(scope="session")
 def project_root() -> pathlib.Path:
     return ROOT

@@ -1,10 +1,12 @@
-"""Running the GPU kernels on the CPU, in Mosaic's interpreter."""
+"""Running the GPU kernels on the CPU, in Mosaic's interpreter, and lowering them for CUDA."""
 
 from __future__ import annotations
 
 import contextlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -20,3 +22,26 @@ def interpreted():
         assert not interpreter_state.get_races().races_found, "RACE DETECTED"
     finally:
         interpreter_state.reset_gpu_interpret_mode_state()
+
+
+def inputs(B, T, S, N, K, H, dtype=jnp.bfloat16, kv_len=None):
+    """q, k, v and lengths, if not given full, empty and in between; NaN where no slot is filled."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    kv_len = np.array([S - 37, 0, S, S // 2][:B] if kv_len is None else kv_len, np.int32)
+    for row, length in enumerate(kv_len):
+        k[row, length:] = v[row, length:] = np.nan
+    return *(jnp.asarray(x, dtype) for x in (q, k, v)), kv_len
+
+
+def input_shapes(B, T, S, N, K, H, dtype=jnp.bfloat16):
+    """Shapes of q, k, v and of both ends of the ranges that the queries see."""
+    q = jax.ShapeDtypeStruct((B, T, N, H), dtype)
+    kv = jax.ShapeDtypeStruct((B, S, K, H), dtype)
+    ranges = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    return q, kv, kv, ranges, ranges
+
+
+def lowered_for_cuda(call, *shapes):
+    """What is compiled for CUDA, where this process has no GPU."""
+    return jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()

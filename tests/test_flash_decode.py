@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from kernel_runs import interpreted
+from kernel_runs import input_shapes, inputs, lowered_for_cuda
 from reference import assert_close, low_precision_attention, reference_attention
 
 from jaxdecode.pallas_kernels import (
@@ -39,23 +39,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def interpreter():
-    """Runs the kernels in Mosaic's interpreter, and fails the test on a race."""
-    with interpreted():
-        yield
-
-
-def inputs(B, T, S, N, K, dtype=jnp.bfloat16, H=128, seed=0):
-    """q, k, v and lengths: full, empty and in between; NaN in every slot that is not filled."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
-    kv_len = np.array([S - 37, 0, S, S // 2][:B], np.int32)
-    for row, length in enumerate(kv_len):
-        k[row, length:] = v[row, length:] = np.nan
-    return *(jnp.asarray(x, dtype) for x in (q, k, v)), kv_len
-
-
 def attend(q, k, v, kv_len, *, num_splits=None, window=None, **options):
     lo, hi = visible_ranges(jnp.asarray(kv_len), q.shape[1], k.shape[1], window=window)
     options = {"scale": q.shape[-1] ** -0.5} | options
@@ -63,7 +46,7 @@ def attend(q, k, v, kv_len, *, num_splits=None, window=None, **options):
 
 
 def check(shape, options, num_splits, dtype=jnp.bfloat16, H=128):
-    q, k, v, kv_len = inputs(*shape, dtype, H)
+    q, k, v, kv_len = inputs(*shape, H, dtype)
     options = dict(options)
     if options.pop("sinks", False):
         options["sinks"] = jnp.asarray(np.random.default_rng(1).normal(size=shape[3]), jnp.float32)
@@ -117,7 +100,7 @@ def test_interpreted_merge_of_many_chunks(interpreter):
 
 
 def test_the_check_notices_a_lost_chunk(interpreter):
-    q, k, v, kv_len = inputs(1, 1, 256, 2, 1)
+    q, k, v, kv_len = inputs(1, 1, 256, 2, 1, 128)
     out, _ = attend(q, k, v, kv_len, num_splits=2)
     short, _ = attend(q, k, v, kv_len - 64, num_splits=2)
     ref, _ = reference_attention(*(np.asarray(x) for x in (q, k, v)), kv_len)
@@ -139,7 +122,7 @@ def test_interpreted_head_dims(interpreter, H):
 
 
 def test_gradient_is_that_of_the_portable_implementation(interpreter, few_blocks):
-    q, k, v, _ = inputs(2, 1, 128, 4, 2)
+    q, k, v, _ = inputs(2, 1, 128, 4, 2, 128)
     k, v = jnp.nan_to_num(k), jnp.nan_to_num(v)
     lo, hi = visible_ranges(jnp.array([100, 40]), 1, 128)
     sinks = jnp.array([0.1, -0.3, 0.5, 1.0])
@@ -162,7 +145,7 @@ def test_gradient_is_that_of_the_portable_implementation(interpreter, few_blocks
 
 @pytest.mark.parametrize("num_splits", [2, None])
 def test_vmap_is_one_call_of_a_larger_batch(interpreter, few_blocks, num_splits):
-    whole = [jnp.asarray(x) for x in inputs(4, 1, 128, 2, 1)]
+    whole = [jnp.asarray(x) for x in inputs(4, 1, 128, 2, 1, 128)]
     pairs = [x.reshape(2, 2, *x.shape[1:]) for x in whole]
     call = functools.partial(attend, num_splits=num_splits)
     together = jax.vmap(lambda *x: call(*x)[0])(*pairs)
@@ -172,25 +155,21 @@ def test_vmap_is_one_call_of_a_larger_batch(interpreter, few_blocks, num_splits)
 @pytest.mark.parametrize("num_splits", [1, None])
 def test_inside_shard_map_results_vary_as_their_operands(num_splits):
     """Or else out_specs=P() would pass with other data on each device."""
-    q, k, v, kv_len = (jnp.asarray(x) for x in inputs(4, 1, 128, 2, 1))
+    q, k, v, kv_len = (jnp.asarray(x) for x in inputs(4, 1, 128, 2, 1, 128))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     call = functools.partial(attend, num_splits=num_splits)
     sharded = jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    traced = jax.jit(sharded).trace(q, k, v, kv_len)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in lowered_for_cuda(sharded, q, k, v, kv_len)
     equal = jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P())
     with pytest.raises(ValueError, match="out_specs"):
         jax.jit(equal).trace(q, k, v, kv_len)
 
 
-def lowered(shape, H, dtype):
-    """What is compiled for CUDA, where this process has no GPU."""
-    B, T, S, N, K = shape
-    q = jax.ShapeDtypeStruct((B, T, N, H), dtype)
-    kv = jax.ShapeDtypeStruct((B, S, K, H), dtype)
-    ranges = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    call = jax.jit(functools.partial(flash_decode.attend, scale=0.1, softcap=20.0))
-    return call.trace(q, kv, kv, ranges, ranges).lower(lowering_platforms=("cuda",)).as_text()
+def kernels_lowered(*shape):
+    """How many kernels are compiled for CUDA."""
+    call = functools.partial(flash_decode.attend, scale=0.1, softcap=20.0)
+    text = lowered_for_cuda(call, *input_shapes(*shape))
+    return text.count("custom_call @mosaic_gpu")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -203,7 +182,7 @@ def lowered(shape, H, dtype):
     ids=str,
 )  # fmt: skip
 def test_lowers_for_cuda(shape, dtype):
-    assert lowered(shape, 128, dtype).count("custom_call @mosaic_gpu") == 2
+    assert kernels_lowered(*shape, 128, dtype) == 2
 
 
 @pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
@@ -213,7 +192,7 @@ def test_lowers_for_cuda(shape, dtype):
     ids=str,
 )
 def test_every_head_dim_lowers_for_cuda(shape, H):
-    assert lowered(shape, H, jnp.bfloat16).count("custom_call @mosaic_gpu") == 2
+    assert kernels_lowered(*shape, H) == 2
 
 
 @pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
@@ -228,28 +207,20 @@ def test_shared_memory_is_enough(H):
 
 @pytest.mark.parametrize("B", [1, 2])
 def test_equal_layers_share_one_lowering(B):
-    q = jax.ShapeDtypeStruct((B, 1, 16, 128), jnp.bfloat16)
-    kv = jax.ShapeDtypeStruct((B, 1024, 2, 128), jnp.bfloat16)
-    ranges = jax.ShapeDtypeStruct((B, 1), jnp.int32)
-
     def layers(q, k, v, lo, hi):
         for _ in range(8):
             q, _ = flash_decode.attend(q, k, v, lo, hi, scale=0.1, out_dtype=q.dtype)
         return q
 
-    traced = jax.jit(layers).trace(q, kv, kv, ranges, ranges)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_cuda(layers, *input_shapes(B, 1, 1024, 16, 2, 128))
     assert text.count("custom_call @mosaic_gpu") == 2
 
 
 def test_exports_for_cuda():
     kernel_calls = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    q = jax.ShapeDtypeStruct((2, 1, 16, 128), jnp.bfloat16)
-    kv = jax.ShapeDtypeStruct((2, 1024, 2, 128), jnp.bfloat16)
-    ranges = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     call = jax.jit(functools.partial(flash_decode.attend, scale=0.1, out_dtype=jnp.bfloat16))
     export = jax.export.export(call, platforms=["cuda"], disabled_checks=[kernel_calls])
-    exported = export(q, kv, kv, ranges, ranges)
+    exported = export(*input_shapes(2, 1, 1024, 16, 2, 128))
     assert exported.platforms == ("cuda",)
     assert [(x.shape, x.dtype) for x in exported.out_avals] == [
         ((2, 1, 16, 128), jnp.bfloat16),
@@ -278,13 +249,13 @@ NOT_SERVED = [
 
 
 def test_what_the_kernels_cannot_do_is_said(monkeypatch):
-    q, k, v, _ = inputs(1, 1, 128, 2, 1)
+    q, k, v, _ = inputs(1, 1, 128, 2, 1, 128)
     with pytest.raises(NotImplementedError, match="need an NVIDIA Hopper GPU, and JAX runs on cpu"):
         decode_attention(q, k, v, 5, implementation="flash_decode")
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
     assert str(explain_attention(q, k, v, 5)) == "flash_decode: split-KV kernels for this GPU"
     for T, (dtype, S, H, words) in itertools.product((1, 17), NOT_SERVED):
-        x, y, _, _ = inputs(1, T, S, 2, 1, dtype, H)
+        x, y, _, _ = inputs(1, T, S, 2, 1, H, dtype)
         choice = explain_attention(x, y, y, 20)
         assert choice.implementation == "xla"
         assert words in choice.reason
@@ -293,7 +264,7 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch):
 
 
 def test_a_call_lowered_for_the_cpu_runs_there_though_a_gpu_is_chosen(monkeypatch):
-    q, k, v, kv_len = inputs(2, 1, 128, 4, 2)
+    q, k, v, kv_len = inputs(2, 1, 128, 4, 2, 128)
     expected = decode_attention(q, k, v, kv_len, implementation="xla")
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
     np.testing.assert_array_equal(jax.jit(decode_attention)(q, k, v, kv_len), expected)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
-from kernel_runs import interpreted
+from kernel_runs import input_shapes, inputs, interpreted, lowered_for_cuda
 from reference import assert_close, low_precision_attention, reference_attention
 
 from jaxdecode.pallas_kernels import (
@@ -56,23 +56,9 @@ def accumulate(acc, p, v_tile):
 
 
 @pytest.fixture
-def interpreter(monkeypatch):
-    """Runs the kernel in Mosaic's interpreter, and fails the test on a race.
-
-    The interpreter lacks one instruction, the product with an operand in registers."""
+def interpreter(monkeypatch, interpreter):
+    """Mosaic's interpreter, which lacks the product with an operand in registers."""
     monkeypatch.setattr(prefill_kernel, "_accumulate", accumulate)
-    with interpreted():
-        yield
-
-
-def inputs(B, T, S, N, K, H=64, dtype=jnp.bfloat16, kv_len=None, seed=0):
-    """q, k, v and lengths; NaN in every slot that is not filled."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
-    kv_len = np.array([S - 37, 0][:B] if kv_len is None else kv_len, np.int32)
-    for row, length in enumerate(kv_len):
-        k[row, length:] = v[row, length:] = np.nan
-    return *(jnp.asarray(x, dtype) for x in (q, k, v)), kv_len
 
 
 def attend(q, k, v, kv_len, *, q_start=None, window=None, **options):
@@ -104,7 +90,7 @@ def test_interpreted_float16(interpreter):
 
 
 def test_the_check_notices_a_lost_slot(interpreter):
-    q, k, v, kv_len = inputs(1, 24, 128, 2, 1)
+    q, k, v, kv_len = inputs(1, 24, 128, 2, 1, 64)
     shifted, _ = attend(q, k, v, kv_len, q_start=kv_len - 25)
     case = [np.asarray(x) for x in (q, k, v)]
     ref, _ = reference_attention(*case, kv_len)
@@ -116,7 +102,7 @@ def test_the_check_notices_a_lost_slot(interpreter):
 def test_tiles_that_no_query_sees_are_skipped(monkeypatch):
     """With equal logits and a sink, whose weight is 1, `acc` counts the tiles."""
     monkeypatch.setattr(prefill_kernel, "_accumulate", lambda acc, p, v_tile: acc + 1.0)
-    q, k, v, _ = inputs(1, 56, 1024, 2, 1, kv_len=[1024])
+    q, k, v, _ = inputs(1, 56, 1024, 2, 1, 64, kv_len=[1024])
     for q_start, tiles in [(0, 1), (300, 3), (711, 2), (1000, 2), (2000, 0)]:
         with interpreted():
             options = {"q_start": [q_start], "window": 200, "sinks": jnp.zeros(2)}
@@ -132,11 +118,11 @@ def test_a_race_would_be_noticed(monkeypatch):
 
     monkeypatch.setattr(prefill_kernel, "_accumulate", hasty)
     with pytest.raises(Exception, match="RACE DETECTED"), interpreted():
-        attend(*inputs(1, 32, 1024, 2, 1))
+        attend(*inputs(1, 32, 1024, 2, 1, 64))
 
 
 def test_gradient_is_that_of_the_portable_implementation(interpreter):
-    q, k, v, _ = inputs(1, 24, 128, 2, 1, kv_len=[128])
+    q, k, v, _ = inputs(1, 24, 128, 2, 1, 64, kv_len=[128])
     lo, hi = visible_ranges(jnp.array([100]), 24, 128, window=50)
     sinks = jnp.array([0.1, -0.3])
 
@@ -153,30 +139,20 @@ def test_gradient_is_that_of_the_portable_implementation(interpreter):
 
 
 def test_vmap_is_one_call_of_a_larger_batch(interpreter):
-    q, k, v, kv_len = inputs(2, 24, 128, 2, 1, kv_len=[100, 64])
+    q, k, v, kv_len = inputs(2, 24, 128, 2, 1, 64, kv_len=[100, 64])
     rows = jax.vmap(lambda *x: attend(*x)[0])(*(x[:, None] for x in (q, k, v, kv_len)))
     np.testing.assert_array_equal(rows[:, 0], attend(q, k, v, kv_len)[0])
 
 
 def test_inside_shard_map_results_vary_as_their_operands():
     """Or else out_specs=P() would pass with other data on each device."""
-    q, k, v, kv_len = (jnp.asarray(x) for x in inputs(2, 24, 128, 2, 1))
+    q, k, v, kv_len = (jnp.asarray(x) for x in inputs(2, 24, 128, 2, 1, 64))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    traced = jax.jit(sharded).trace(q, k, v, kv_len)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in lowered_for_cuda(sharded, q, k, v, kv_len)
     equal = jax.shard_map(attend, mesh=mesh, in_specs=P("data"), out_specs=P())
     with pytest.raises(ValueError, match="out_specs"):
         jax.jit(equal).trace(q, k, v, kv_len)
-
-
-def lowered_for_cuda(call, B, T, S, N, K, H, dtype=jnp.bfloat16):
-    """Text of call(q, k, v, ranges, ranges); ranges and lengths have the same dtype."""
-    q = jax.ShapeDtypeStruct((B, T, N, H), dtype)
-    kv = jax.ShapeDtypeStruct((B, S, K, H), dtype)
-    ranges = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    traced = jax.jit(call).trace(q, kv, kv, ranges, ranges)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
@@ -190,7 +166,7 @@ def lowered_for_cuda(call, B, T, S, N, K, H, dtype=jnp.bfloat16):
 )
 def test_lowers_for_cuda(shape, dtype, out_dtype, H):
     call = functools.partial(prefill.attend, scale=0.1, softcap=20.0, out_dtype=out_dtype)
-    text = lowered_for_cuda(call, *shape, H, dtype)
+    text = lowered_for_cuda(call, *input_shapes(*shape, H, dtype))
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -199,15 +175,17 @@ def test_lowers_for_cuda_with_sinks(shape):
     def call(q, k, v, lo, hi):
         return prefill.attend(q, k, v, lo, hi, scale=0.1, sinks=jnp.zeros(q.shape[2]))
 
-    assert lowered_for_cuda(call, *shape, 128).count("custom_call @mosaic_gpu") == 1
+    text = lowered_for_cuda(call, *input_shapes(*shape, 128))
+    assert text.count("custom_call @mosaic_gpu") == 1
 
 
 def test_queries_are_copied_only_to_fill_up_to_eight():
     call = functools.partial(prefill.attend, scale=0.1)
-    assert "stablehlo.pad" not in lowered_for_cuda(call, 1, 256, 512, 2, 1, 128)
+    even, odd = (lowered_for_cuda(call, *input_shapes(1, T, 512, 2, 1, 128)) for T in (256, 72))
+    assert "stablehlo.pad" not in even
     padded = [
         line
-        for line in lowered_for_cuda(call, 1, 72, 512, 2, 1, 128).splitlines()
+        for line in odd.splitlines()
         if "stablehlo.pad" in line or "stablehlo.concatenate" in line
     ]
     assert padded
@@ -220,7 +198,7 @@ def test_equal_layers_share_one_lowering():
             q, _ = prefill.attend(q, k, v, lo, hi, scale=0.1, out_dtype=q.dtype)
         return q
 
-    text = lowered_for_cuda(layers, 1, 128, 1024, 16, 2, 128)
+    text = lowered_for_cuda(layers, *input_shapes(1, 128, 1024, 16, 2, 128))
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -243,7 +221,7 @@ def kernels_called(monkeypatch, T, heads=(64, 8), **options):
     def call(q, k, v, kv_len, _):
         return decode_attention(q, k, v, kv_len[:, 0], **options)
 
-    text = lowered_for_cuda(call, 1, T, 512, *heads, 128)
+    text = lowered_for_cuda(call, *input_shapes(1, T, 512, *heads, 128))
     return text.count("custom_call @mosaic_gpu")
 
 
@@ -261,7 +239,7 @@ def test_the_door_takes_the_faster_kernels(monkeypatch):
 def test_which_kernels_is_explained(monkeypatch):
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
     for T, kind in ((64, "split-KV kernels"), (128, "wide-query kernel")):
-        q, k, v, _ = inputs(1, T, 512, 64, 8)
+        q, k, v, _ = inputs(1, T, 512, 64, 8, 64)
         assert str(explain_attention(q, k, v, 200)) == f"flash_decode: {kind} for this GPU"
         asked = explain_attention(q, k, v, 200, implementation="flash_decode")
         assert str(asked) == "flash_decode: asked for"

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_runs import inputs
 from reference import assert_close, low_precision_attention, make_case, reference_attention
-from test_prefill import CASES, attend, check, inputs
+from test_prefill import CASES, attend, check
 
 from jaxdecode.pallas_kernels import decode_attention, flash_decode, prefill, xla
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges

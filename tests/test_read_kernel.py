@@ -5,27 +5,17 @@ conftest.py leaves this file out where jax has no interpreter for it (before 0.1
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_runs import lowered_for_cuda
 
 from jaxdecode.pallas_kernels.read_kernel import read_sums
 from jaxdecode.pallas_kernels.split_config import NUM_SMS
 from jaxdecode.read_bandwidth import measure_read_ceiling
-
-
-@pytest.fixture
-def interpreter():
-    """Runs the kernel in Mosaic's interpreter, and fails the test on a race."""
-    interpreter_state.reset_gpu_interpret_mode_state()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    found = interpreter_state.get_races().races_found
-    interpreter_state.reset_gpu_interpret_mode_state()
-    assert not found
 
 
 def column_sums(x, num_blocks):
@@ -44,8 +34,8 @@ def test_every_element_is_read_once(interpreter, tiles, num_blocks, dtype):
 @pytest.mark.parametrize("num_blocks", [NUM_SMS, 2 * NUM_SMS])
 def test_lowers_for_cuda(num_blocks):
     x = jax.ShapeDtypeStruct((15_990_784, 128), jnp.bfloat16)
-    traced = jax.jit(lambda x: read_sums(x, num_blocks=num_blocks)).trace(x)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_cuda(functools.partial(read_sums, num_blocks=num_blocks), x)
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (65, 128), (64, 128, 1)], ids=str)
