@@ -14,7 +14,10 @@ from typing import Any
 MATVECS, ATTENTION, COLLECTIVES, REST = ITEMS = ("matvecs", "attention", "collectives", "rest")
 
 _BY_NAME = (
-    (COLLECTIVES, re.compile(r"nccl|all_?reduce|all_?gather|all_?to_?all|exchange", re.IGNORECASE)),
+    (
+        COLLECTIVES,
+        re.compile(r"nccl|peer_|all_?reduce|all_?gather|all_?to_?all|exchange", re.IGNORECASE),
+    ),
     (ATTENTION, re.compile(r"flash_decode|cudnn.*(attention|sdpa)", re.IGNORECASE)),
     # Triton's are fusions, so these are libraries'; XLA's attention may use them too.
     (

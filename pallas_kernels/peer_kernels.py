@@ -73,7 +73,9 @@ def all_reduce(
       [size] in x's dtype, the same bits on every rank.
     """
     out_type = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return _exchange(_sum_kernel, x, slots, turns, group, out_type, wait_for_all)
+    return _exchange(
+        _sum_kernel, x, slots, turns, group, out_type, wait_for_all, kernel_name="peer_sum"
+    )
 
 
 def merge(x: jax.Array, slots: Any, turns: Any, *, group: Group) -> jax.Array:
@@ -88,15 +90,18 @@ def merge(x: jax.Array, slots: Any, turns: Any, *, group: Group) -> jax.Array:
       [size] float32.
     """
     out_type = jax.ShapeDtypeStruct(x.shape[2:], x.dtype)
-    return _exchange(_merge_kernel, x, slots, turns, group, out_type, wait_for_all=False)
+    return _exchange(
+        _merge_kernel, x, slots, turns, group, out_type, False, kernel_name="peer_merge"
+    )
 
 
-def _exchange(kernel, x, slots, turns, group, out_type, wait_for_all):
+def _exchange(kernel, x, slots, turns, group, out_type, wait_for_all, *, kernel_name):
     return plgpu.kernel(
         functools.partial(kernel, group=group),
         out_type=out_type,
         grid=turns.shape,
         grid_names=("block",),
+        kernel_name=kernel_name,
         compiler_params=plgpu.CompilerParams(skip_device_barrier=not wait_for_all),
     )(x, slots, turns)
 

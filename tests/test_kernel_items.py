@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 
 import jax
@@ -71,6 +72,8 @@ def test_fusions_are_what_they_consist_of(items):
         ("stream_executor::gpu::AllReduceKernelImpl<bfloat16>", "collectives"),
         ("all_reduce_add_norm_mosaic_gpu_kernel", "collectives"),
         ("exchange_and_merge_mosaic_gpu_kernel", "collectives"),
+        ("peer_sum_mosaic_gpu_kernel", "collectives"),
+        ("peer_merge_mosaic_gpu_kernel", "collectives"),
         ("flash_decode_split_mosaic_gpu_kernel", "attention"),
         ("flash_decode_combine_mosaic_gpu_kernel", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
@@ -85,17 +88,40 @@ def test_kernels(items, kernel, item):
     assert items.item_of_kernel(kernel, items.items_of_fusions(HLO)) == item
 
 
+def kernel_names(text: str) -> tuple[int, list[str]]:
+    """How many kernels of a source file get no name, and the names that it gives."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    given = [{each.arg: each.value for each in call.keywords} for call in calls]
+    unnamed = [
+        call
+        for call, keywords in zip(calls, given, strict=True)
+        if ast.unparse(call.func) == "plgpu.kernel" and "kernel_name" not in keywords
+    ]
+    values = [keywords["kernel_name"] for keywords in given if "kernel_name" in keywords]
+    return len(unnamed), [each.value for each in values if isinstance(each, ast.Constant)]
+
+
 def test_the_kernels_of_the_package_have_names_that_say_it(items, project_root):
     """A collective's kernel would be taken for attention if all were called anonymous."""
-    names = []
-    for path in sorted((project_root / "pallas_kernels").glob("*_kernel.py")):
-        text = path.read_text()
-        assert text.count("plgpu.kernel(") == text.count("kernel_name="), path.name
-        names += [part.split('"')[1] for part in text.split("kernel_name=")[1:]]
-    assert {items.item_of_kernel(f"{name}_mosaic_gpu_kernel", {}) for name in names} >= {
-        "attention"
+    found = {}
+    for path in sorted((project_root / "pallas_kernels").glob("*.py")):
+        unnamed, names = kernel_names(path.read_text())
+        assert unnamed == 0, path.name
+        assert not found.keys() & names
+        found |= {name: items.item_of_kernel(f"{name}_mosaic_gpu_kernel", {}) for name in names}
+    assert len(found) >= 7
+    assert {name for name, item in found.items() if item == "collectives"} == {
+        "peer_sum", "peer_merge",
+    }  # fmt: skip
+    assert {name for name, item in found.items() if item == "attention"} == {
+        name for name in found if name.startswith("flash_decode")
     }
-    assert len(set(names)) == len(names) >= 5
+
+
+def test_a_kernel_without_a_name_is_found():
+    assert kernel_names("plgpu.kernel(f, grid=())(x)") == (1, [])
+    assert kernel_names('plgpu.kernel(f, kernel_name="a")(x)') == (0, ["a"])
+    assert kernel_names('plgpu.kernel(f, kernel_name=n)(x); g(kernel_name="b")') == (0, ["b"])
 
 
 def test_times_are_added_up(items):
