@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 from kernel_items import itemised, items_of_fusions
 from runs import Clock, Recorder, Row, spoken_speed, tiny
 from sharded_cases import (
+    PEER,
     AttentionCase,
     Case,
     CollectiveCase,
@@ -57,8 +58,9 @@ from timing import cupti_kernels
 from jaxdecode import bench, plan
 from jaxdecode.device_model import of_device
 from jaxdecode.memory import Workload
+from jaxdecode.models.llama import Llama
 from jaxdecode.models.random_model import random_model
-from jaxdecode.models.sharding import fit
+from jaxdecode.models.sharding import choose_collectives, fit
 from jaxdecode.read_bandwidth import METHODS, ReadCeiling, measure_read_ceiling
 
 _TINY_SCALE = 1024  # caches are so many times shorter with --tiny
@@ -108,6 +110,7 @@ class Run:
       devices: that may be used.
       setup: CodeLlama-34B over all of them, or as --tensor says.
       ours: what attention is by default.
+      peers: whether `setup` exchanges through the peers' memory by default.
       device: their memory and speeds, for planning; None if they keep no account of memory.
     """
 
@@ -119,6 +122,8 @@ class Run:
         self.setup = spread(len(devices)) if options.tensor is None else setup_34b(options.tensor)
         config = self.setup.config
         self.ours = bench.choose_attention(config, config.dtype, "auto").implementation
+        used = Mesh(np.array(devices[: self.setup.devices]), ("all",))
+        self.peers = choose_collectives(used)[0] == PEER
         self.device = of_device(devices[0])
         self._options, self._clock, self._ceiling = options, clock, ceiling
         speeds = self.device and self.device.speeds
@@ -167,6 +172,8 @@ class Run:
         """Why the case cannot be measured here; None if it can."""
         if case.devices > len(self.devices):
             return f"it needs {case.devices} devices, and there are {len(self.devices)}"
+        if isinstance(case, CollectiveCase):
+            return ops.obstacle(case, self.devices)
         if not isinstance(case, DecodeCase):
             return None
         try:
@@ -194,7 +201,19 @@ class Run:
         work = Workload(config=config, context=context, dtype=config.dtype, prefill_step_size=1)
         return plan.plan(work, self.device, sharding)
 
-    def timer(self, setup: Setup) -> bench.Bench:
+    def timer(self, case: DecodeCase) -> bench.Bench:
+        """For the case's model and collectives."""
+        made = self._made(case.setup)
+        if case.collectives is None:
+            return made
+        # The same weights: only what their exchanges go through differs.
+        model = made.model
+        sharding = dataclasses.replace(model.sharding, collectives=case.collectives)
+        return dataclasses.replace(
+            made, model=Llama.from_params(model.config, model.params(), sharding)
+        )
+
+    def _made(self, setup: Setup) -> bench.Bench:
         """For this model, which takes the place of the one before."""
         if self._timer is None or self._timer[0] != setup:
             self._timer = None
@@ -222,13 +241,13 @@ class Run:
     def decode_row(self, case: DecodeCase) -> Row:
         """Tokens per second, beside the bound and the planner's prediction."""
         if case not in self._decoded:
-            found = self.timer(case.setup).decode(
-                [case.depth], case.implementation, capacity=self._capacity(case)
-            )
+            timer = self.timer(case)
+            found = timer.decode([case.depth], case.implementation, capacity=self._capacity(case))
             # The mean depth of the tokens that are timed.
             made = self._plan(case, case.depth + (found.tokens + 1) // 2)
             self._decoded[case] = {
                 **dataclasses.asdict(found),
+                "collectives": timer.model.sharding.collectives,
                 "num_layers": case.setup.config.num_layers,
                 "devices": case.devices,
                 "predicted_tok_s": made.speed.predicted_tok_s if made and made.speed else None,
@@ -240,10 +259,8 @@ class Run:
 
         What a step does once, such as the output projection, is spread over the layers. Kernels are
         the mean over the devices; idle is the time in which no kernel runs, if none overlap."""
-        setup, tokens = case.setup, self._options.tokens
-        dispatch = self.timer(setup).dispatch(
-            [case.depth], case.implementation, capacity=self._capacity(case)
-        )
+        setup, tokens, timer = case.setup, self._options.tokens, self.timer(case)
+        dispatch = timer.dispatch([case.depth], case.implementation, capacity=self._capacity(case))
         dispatch()  # compiles
         step = statistics.median(dispatch() for _ in range(self._options.repetitions))
         kernels = cupti_kernels(dispatch)
@@ -254,7 +271,8 @@ class Run:
         return {
             "model": setup.model, "mesh": setup.mesh, "num_layers": setup.config.num_layers,
             "devices": case.devices, "depth": case.depth, "tokens": tokens,
-            "implementation": dispatch.choice.implementation, "us": us, "items_us": items_us,
+            "implementation": dispatch.choice.implementation,
+            "collectives": timer.model.sharding.collectives, "us": us, "items_us": items_us,
             "idle_us": us - sum(items_us.values()),
             "kernels": [
                 {
@@ -288,8 +306,12 @@ def spoken_time(row: Row) -> str:
 
 # In the order in which they are measured.
 PARTS = {
-    "depth": Part(lambda run: depth_cases(run.setup, run.ours), Run.decode_row, spoken_speed),
-    "layers": Part(lambda run: layer_cases(run.setup, run.ours), Run.layer_row, spoken_time),
+    "depth": Part(
+        lambda run: depth_cases(run.setup, run.ours, run.peers), Run.decode_row, spoken_speed
+    ),
+    "layers": Part(
+        lambda run: layer_cases(run.setup, run.ours, run.peers), Run.layer_row, spoken_time
+    ),
     "collectives": Part(
         lambda run: collective_cases(len(run.devices), ops.implementations()),
         Run.collective_row, spoken_time,

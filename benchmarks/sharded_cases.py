@@ -9,11 +9,13 @@ from typing import ClassVar
 from jaxdecode.bench import NO_SPLIT
 from jaxdecode.models.config import PRESETS, LlamaConfig
 
-XLA = "xla"
+XLA, PEER = "xla", "peer"
 K = 1024
 MILLION = 1_000_000
 NAME = "codellama-34b"
+HEAD_DIM = PRESETS[NAME].head_dim
 _FIRST = (512, 64 * K, 8 * K, 128 * K)
+_WITHOUT_PEERS = (512, 64 * K)  # what the peers' memory gains is shown at these
 _BETWEEN = (32 * K, 2 * K, 16 * K, 4 * K, K)
 _MODEL_WIDTH_BYTES = 16 * K  # of one token's bfloat16 activations in the model
 _ALL_REDUCE_BYTES = (
@@ -53,6 +55,7 @@ class DecodeCase:
     Attributes:
       depth: tokens in the cache at the start.
       implementation: of attention.
+      collectives: what exchanges between devices go through; None: as `fit_mesh` chooses.
       room: tokens that the cache has room for, besides those generated; None: just enough. Cases
         of equal room share their compiled program.
       may_shrink: whether the model may lose layers where it does not fit into memory.
@@ -61,11 +64,13 @@ class DecodeCase:
     setup: Setup
     depth: int
     implementation: str
+    collectives: str | None = None
     room: int | None = None
     may_shrink: bool = False
 
     def __str__(self) -> str:
-        return f"{self.setup}, {self.implementation}, depth {self.depth}"
+        collectives = f", collectives by {self.collectives}" if self.collectives else ""
+        return f"{self.setup}, {self.implementation}{collectives}, depth {self.depth}"
 
     @property
     def devices(self) -> int:
@@ -141,19 +146,31 @@ def setup_mqa(seq: int) -> Setup:
     return Setup(f"{NAME}, 1 KV head", config, _sizes(1, seq))
 
 
-def depth_cases(setup: Setup, ours: str) -> list[DecodeCase]:
-    """Decoding at growing depth: ours, XLA's attention, and attention without splitting."""
+def depth_cases(setup: Setup, ours: str, peers: bool) -> list[DecodeCase]:
+    """Decoding at growing depth: ours, XLA's attention, and attention without splitting.
+
+    Args:
+      peers: whether `fit_mesh` has ours exchange through the peers' memory. Two depths then show
+        what that gains.
+    """
     names = dict.fromkeys((ours, XLA, NO_SPLIT))
-    cases = [_case(setup, depth, name, ours) for depth in _FIRST for name in names]
+    cases = []
+    for depth in _FIRST:
+        cases += [_case(setup, depth, name, ours) for name in names]
+        if peers and depth in _WITHOUT_PEERS:
+            cases.append(_without_peers(setup, depth, ours))
     # XLA's attention reads the whole cache, so each of its depths is a program of its own.
     names.pop(XLA)
     return cases + [_case(setup, depth, name, ours) for depth in _BETWEEN for name in names]
 
 
-def layer_cases(setup: Setup, ours: str) -> list[DecodeCase]:
+def layer_cases(setup: Setup, ours: str, peers: bool) -> list[DecodeCase]:
     """The steps whose time is itemised, all of programs that `depth_cases` compiles."""
-    chosen = ((512, ours), (64 * K, ours), (512, XLA), (64 * K, XLA), (64 * K, NO_SPLIT))
-    cases = [_case(setup, depth, name, ours) for depth, name in chosen]
+    cases = [_case(setup, 512, ours, ours)]
+    if peers:
+        cases.append(_without_peers(setup, 512, ours))
+    others = ((64 * K, ours), (512, XLA), (64 * K, XLA), (64 * K, NO_SPLIT))
+    cases += [_case(setup, depth, name, ours) for depth, name in others]
     return list(dict.fromkeys(cases))
 
 
@@ -197,12 +214,13 @@ def collective_cases(
         for name in implementations["all_reduce"]
     ]
     # Queries, keys and values of a token; and its partial results, of which each device gets some
-    # columns of every head, and the log-sum-exps.
+    # columns of every head, and the log-sum-exps; and what is merged of them.
     heads = (N + 2 * config.num_kv_heads) * H // devices * 2
-    partials = N * (H + devices) * 4
+    partials, found = N * (H + devices) * 4, N * H * 4
+    sizes = {"merge_columns": found, "all_gather": heads, "all_to_all": partials}
     cases += [
         CollectiveCase(collective, name, devices, size)
-        for collective, size in (("all_gather", heads), ("all_to_all", partials))
+        for collective, size in sizes.items()
         for name in implementations[collective]
     ]
     cases += [
@@ -225,9 +243,14 @@ def _case(setup: Setup, depth: int, implementation: str, ours: str) -> DecodeCas
     Their speed follows from the tokens that are there, not from the room; but how many chunks
     there can be follows from the room, and short caches do better with fewer."""
     if implementation == XLA:
-        return DecodeCase(setup, depth, implementation)
+        return DecodeCase(setup, depth, implementation, collectives=XLA)
     short = depth <= K and implementation == ours
     return DecodeCase(setup, depth, implementation, room=K if short else 128 * K)
+
+
+def _without_peers(setup: Setup, depth: int, ours: str) -> DecodeCase:
+    """Ours with XLA's collectives."""
+    return dataclasses.replace(_case(setup, depth, ours, ours), collectives=XLA)
 
 
 def _counts(devices: int) -> list[int]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from sharded_cases import AttentionCase, CollectiveCase
+from sharded_cases import HEAD_DIM, PEER, AttentionCase, CollectiveCase
 from timing import time_of
 
 import jaxdecode as jd
@@ -26,9 +26,11 @@ from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import round_up_capacity
 from jaxdecode.models.random_model import random_array
 from jaxdecode.models.sharding import Sharding
+from jaxdecode.pallas_kernels import merge_columns, peer
 
 Array = jax.Array
-Exchange = Callable[[Array, str], Array]
+Exchange = Callable[[Array], Array]
+Make = Callable[[Array, str], Exchange]
 
 _AXIS = "seq"
 # A loop on the device costs more than 10 us a round, so a round holds many collectives.
@@ -42,49 +44,114 @@ _TOLERANCE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """How one kind is repeated: exchange(x) makes `result`, mix makes the next x of it.
+    """How one kind is repeated: an exchange of x makes `result`, mix makes the next x of it.
 
     Attributes:
-      implementations: name -> exchange(x, axis), called inside shard_map; a new one goes here.
-      alone: a result of the same shape made on this device.
-      mix: mix(result, shares, mine) -> x. What a column adds up to over all devices (and shares)
-        changes its sign; that is checked at the end.
-      parts: whether x has a part for each device, [n, W] instead of [W].
+      implementations: name -> make(x, axis) -> exchange(x), called inside shard_map, make once for
+        a chain, so that it can open a mailbox; a new one goes here.
+      alone: a result of the same shape made on this device, of (x, axis).
+      mix: mix(result, shares, mine) -> x. What is `kept` changes its sign.
+      kept: what the x of all devices amount to, checked at the end.
+      dtype: of x, which is [W].
       sent: how many times the bytes of x each device sends, in a ring.
+      parts: whether x has a part for each device, [n, W].
+      rounding: relative error of `kept` that one exchange may make.
+      shape: of an array in the mailbox for this x [W] among n devices.
     """
 
-    implementations: dict[str, Exchange]
-    alone: Exchange
+    implementations: dict[str, Make]
+    alone: Callable[[Array, str], Array]
     mix: Callable[[Array, Array, Array], Array]
+    kept: Callable[[np.ndarray], np.ndarray]
     dtype: Any
-    parts: bool
     sent: Callable[[int], float]
+    parts: bool = False
+    rounding: float = 0.0
+    shape: Callable[[int, int], tuple[int, ...]] = lambda W, n: (W,)
 
 
 def _others(n: int) -> float:
     return (n - 1) / n
 
 
+def _column_sums(x: np.ndarray) -> np.ndarray:
+    """Over all devices and their parts."""
+    return x.astype(np.float64).reshape(-1, x.shape[-1]).sum(axis=0)
+
+
+def _summed_by_peers(x: Array, axis: str) -> Exchange:
+    mailbox = peer.open_mailbox(x.shape, x.dtype, (axis,))
+    return lambda x: peer.all_reduce(x, (axis,), mailbox)
+
+
+def _merged_by_xla(x: Array, axis: str) -> Exchange:
+    return _merging(x, axis, None)
+
+
+def _merged_by_peers(x: Array, axis: str) -> Exchange:
+    shape = _columns(x.size, lax.axis_size(axis))
+    return _merging(x, axis, peer.open_mailbox(shape, x.dtype, (axis,), arrays=2))
+
+
+def _merging(x: Array, axis: str, mailbox: peer.Mailbox | None) -> Exchange:
+    """What the devices found for one token, x [N H], merged as the model does."""
+    N, n = x.size // HEAD_DIM, lax.axis_size(axis)
+    lse = jnp.log(jnp.asarray(_odds(n, N), jnp.float32))[lax.axis_index(axis)].reshape(1, 1, N)
+    return lambda x: merge_columns(x.reshape(1, 1, N, HEAD_DIM), lse, axis, mailbox)
+
+
+def _columns(W: int, n: int) -> tuple[int, ...]:
+    """Of what one of n devices gets of W = N H values of a token."""
+    return 1, 1, W // HEAD_DIM, HEAD_DIM // n
+
+
+def _odds(n: int, N: int) -> np.ndarray:
+    """[n, N]: how much what each device found counts, for each head."""
+    return 1 + np.add.outer(np.arange(n), np.arange(N)) % 3
+
+
+def _mean_columns(x: np.ndarray) -> np.ndarray:
+    """[N, H / n]: the mean over the devices and over their columns, both by the odds.
+
+    A merge gives device i the mean over the devices of columns i, and `mix` copies these to all its
+    columns, so from then on all means of columns are this one."""
+    n, N = x.shape[0], x.shape[1] // HEAD_DIM
+    weights = _odds(n, N) / _odds(n, N).sum(axis=0)
+    columns = x.astype(np.float64).reshape(n, N, n, HEAD_DIM // n)
+    return np.einsum("rN,qN,qNrh->Nh", weights, weights, columns)
+
+
 COLLECTIVES = {
     "all_reduce": Collective(
-        implementations={"psum": lax.psum},
-        alone=lambda x, axis: x,
-        mix=lambda result, shares, mine: result * mine,
-        dtype=jnp.bfloat16, parts=False, sent=lambda n: 2 * _others(n),
-    ),
-    "all_gather": Collective(
-        implementations={"all_gather": lax.all_gather},
-        alone=lambda x, axis: jnp.broadcast_to(x[None], (lax.axis_size(axis), *x.shape)),
-        mix=lambda result, shares, mine: result.sum(axis=0) * mine,
-        dtype=jnp.bfloat16, parts=False, sent=lambda n: n - 1,
-    ),
-    "all_to_all": Collective(
         implementations={
-            "all_to_all": functools.partial(lax.all_to_all, split_axis=0, concat_axis=0)
+            "psum": lambda x, axis: lambda x: lax.psum(x, axis),
+            PEER: _summed_by_peers,
         },
         alone=lambda x, axis: x,
+        mix=lambda result, shares, mine: result * mine,
+        kept=_column_sums, dtype=jnp.bfloat16, sent=lambda n: 2 * _others(n),
+    ),
+    "all_gather": Collective(
+        implementations={"all_gather": lambda x, axis: lambda x: lax.all_gather(x, axis)},
+        alone=lambda x, axis: jnp.broadcast_to(x[None], (lax.axis_size(axis), *x.shape)),
+        mix=lambda result, shares, mine: result.sum(axis=0) * mine,
+        kept=_column_sums, dtype=jnp.bfloat16, sent=lambda n: n - 1,
+    ),
+    "all_to_all": Collective(
+        implementations={"all_to_all": lambda x, axis: lambda x: lax.all_to_all(x, axis, 0, 0)},
+        alone=lambda x, axis: x,
         mix=lambda result, shares, mine: result.sum(axis=0)[None, :] * shares[:, None],
-        dtype=jnp.float32, parts=True, sent=_others,
+        kept=_column_sums, dtype=jnp.float32, sent=_others, parts=True,
+    ),
+    "merge_columns": Collective(
+        implementations={"all_to_all": _merged_by_xla, PEER: _merged_by_peers},
+        alone=lambda x, axis: x[: x.size // lax.axis_size(axis)].reshape(
+            _columns(x.size, lax.axis_size(axis))
+        ),
+        mix=lambda result, shares, mine: -jnp.tile(result, shares.size).reshape(-1),
+        # Beside the columns for each device goes their log-sum-exp.
+        kept=_mean_columns, dtype=jnp.float32, sent=lambda n: _others(n) * (1 + n / HEAD_DIM),
+        rounding=2**-20, shape=_columns,
     ),
 }  # fmt: skip
 
@@ -92,6 +159,17 @@ COLLECTIVES = {
 def implementations() -> dict[str, tuple[str, ...]]:
     """The names of the implementations of each collective."""
     return {name: tuple(each.implementations) for name, each in COLLECTIVES.items()}
+
+
+def obstacle(case: CollectiveCase, devices: list[jax.Device]) -> str | None:
+    """Why the case cannot be measured on these devices; None if it can."""
+    kind, n = COLLECTIVES[case.collective], case.devices
+    if case.collective == "merge_columns" and HEAD_DIM % n:
+        return f"{n} devices do not divide the {HEAD_DIM} columns of a head"
+    if case.implementation != PEER:
+        return None
+    shape = kind.shape(_width(kind, n, case.bytes), n)
+    return peer.why_not_here(_mesh(devices, n)) or peer.why_not(shape, kind.dtype)
 
 
 def collective_row(
@@ -103,17 +181,16 @@ def collective_row(
     the next operand of its result; `us` that less the time of a link without the collective.
 
     Raises:
-      RuntimeError: what was exchanged did not add up.
+      RuntimeError: something was lost on the way.
     """
     kind, n = COLLECTIVES[case.collective], case.devices
-    mesh = Mesh(np.array(devices[:n]), (_AXIS,))
     start = starting_values(kind, n, case.bytes)
-    time = functools.partial(_time_chain, kind, mesh=mesh, start=start, rounds=rounds)
+    time = functools.partial(_time_chain, kind, mesh=_mesh(devices, n), start=start, rounds=rounds)
     chain_us, result = time(kind.implementations[case.implementation])
-    columns = [x.astype(np.float64).reshape(-1, start.shape[-1]).sum(0) for x in (start, result)]
-    if not np.array_equal(*columns):
-        raise RuntimeError(f"{case}: the sums of the columns are not what they were")
-    alone_us, _ = time(lambda x, axis: kind.alone(lax.optimization_barrier(x), axis))
+    tolerance = rounds * _UNROLLED * kind.rounding
+    if not np.allclose(kind.kept(result), kind.kept(start), rtol=tolerance, atol=0):
+        raise RuntimeError(f"{case}: the values are not what they were")
+    alone_us, _ = time(lambda _, axis: lambda x: kind.alone(lax.optimization_barrier(x), axis))
     num_bytes = start.nbytes // n
     return {
         "collective": case.collective, "bytes": num_bytes, "dtype": start.dtype.name, "devices": n,
@@ -124,11 +201,19 @@ def collective_row(
 
 def starting_values(kind: Collective, n: int, num_bytes: int) -> np.ndarray:
     """[n, W] or [n, n, W]: small integers on the first device, zeros on the others."""
-    shape = (n, n) if kind.parts else (n,)
-    width = max(1, num_bytes // jnp.dtype(kind.dtype).itemsize // math.prod(shape[1:]))
-    values = np.zeros((*shape, width), kind.dtype)
+    width = _width(kind, n, num_bytes)
+    values = np.zeros((n, n, width) if kind.parts else (n, width), kind.dtype)
     values.reshape(-1, width)[0] = 1 + np.arange(width) % 3
     return values
+
+
+def _width(kind: Collective, n: int, num_bytes: int) -> int:
+    """W of x."""
+    return max(1, num_bytes // jnp.dtype(kind.dtype).itemsize // (n if kind.parts else 1))
+
+
+def _mesh(devices: list[jax.Device], n: int) -> Mesh:
+    return Mesh(np.array(devices[:n]), (_AXIS,))
 
 
 def shares_of(n: int) -> np.ndarray:
@@ -140,27 +225,35 @@ def shares_of(n: int) -> np.ndarray:
     return -unit * np.array([2] * twice + [1] * (n - twice))
 
 
-def _time_chain(
-    kind: Collective, exchange: Exchange, *, mesh: Mesh, start: np.ndarray, rounds: int
-) -> tuple[float, np.ndarray]:
-    """Microseconds of one link, and what the chain makes of the starting values."""
-    n = mesh.size
+def chained(
+    kind: Collective, make: Make, mesh: Mesh, rounds: int = _ROUNDS
+) -> Callable[[Array, Array], Array]:
+    """A program of many collectives, each needing the last: run(x, shares) -> x, of all devices."""
 
     def chain(x: Array, shares: Array) -> Array:
         # XLA knows neither the shares nor that they are alike, so it can leave nothing out.
         mine = shares[lax.axis_index(_AXIS)]
+        exchange = make(x[0], _AXIS)
 
         def links(_: int, x: Array) -> Array:
             for _ in range(_UNROLLED):
-                x = kind.mix(exchange(x, _AXIS), shares, mine)
+                x = kind.mix(exchange(x), shares, mine)
             return x
 
         return lax.fori_loop(0, rounds, links, x[0])[None]
 
     cut, whole = PartitionSpec(_AXIS), PartitionSpec()
-    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=(cut, whole), out_specs=cut))
-    x = jax.device_put(start, NamedSharding(mesh, cut))
-    shares = jax.device_put(shares_of(n).astype(start.dtype), NamedSharding(mesh, whole))
+    return jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=(cut, whole), out_specs=cut))
+
+
+def _time_chain(
+    kind: Collective, make: Make, *, mesh: Mesh, start: np.ndarray, rounds: int
+) -> tuple[float, np.ndarray]:
+    """Microseconds of one link, and what the chain makes of the starting values."""
+    run = chained(kind, make, mesh, rounds)
+    x = jax.device_put(start, NamedSharding(mesh, PartitionSpec(_AXIS)))
+    shares = shares_of(mesh.size).astype(start.dtype)
+    shares = jax.device_put(shares, NamedSharding(mesh, PartitionSpec()))
     result = np.asarray(run(x, shares))
 
     def rotate(times: int) -> None:

@@ -7,18 +7,21 @@ import importlib
 import json
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxdecode import bench, roofline
+from jaxdecode.decode_loop import SplitModel
 from jaxdecode.device_model import DEVICES
 from jaxdecode.memory import Workload
+from jaxdecode.models import sharding
 from jaxdecode.models.config import PRESETS
+from jaxdecode.models.random_model import random_model
 from jaxdecode.models.sharding import fit
+from jaxdecode.pallas_kernels import AttentionChoice
 from jaxdecode.read_bandwidth import ReadCeiling
 
 H200 = DEVICES["h200"]
+OURS = "flash_decode"
 TINY = ("--tiny", "--tokens", "2", "--repetitions", "1", "--read-methods", "copy")
 CEILING = ReadCeiling(1e12, "copy", {"copy": 1e12}, 1)
 
@@ -35,11 +38,6 @@ def script(project_root, monkeypatch):
 @pytest.fixture
 def sharded(script):
     return script("sharded")
-
-
-@pytest.fixture
-def ops(script):
-    return script("sharded_ops")
 
 
 def run(sharded, tmp_path, *arguments) -> tuple[int, dict[str, dict]]:
@@ -98,11 +96,61 @@ def test_parts_share_models_and_rows(sharded, tmp_path, script, monkeypatch, cap
     check_row(script, rows[2, 8], scaling["read_peak_tb_s"])
 
 
+def test_one_model_serves_both_kinds_of_collectives(sharded, tmp_path, monkeypatch):
+    """On a machine that is taken for one where the peers' memory is within reach."""
+    monkeypatch.setattr(sharded, "choose_collectives", lambda mesh: ("peer", ""))
+    monkeypatch.setattr(sharding, "choose_collectives", lambda mesh: ("peer", ""))
+    monkeypatch.setattr(sharded.bench, "choose_attention", choose_ours)
+    made, timed = [], []
+
+    def make(*arguments, **options):
+        made.append(random_model(*arguments, **options))
+        return made[-1]
+
+    def decode(self, lengths, implementation, **options):
+        timed.append(self.model)
+        return bench.Row(
+            "", "", "", "", 1, lengths[0], 1, implementation, 2, 1, 1.0, None, 1.0, 0.0,
+            fraction_of_bound=0.5,
+        )  # fmt: skip
+
+    monkeypatch.setattr(sharded, "random_model", make)
+    monkeypatch.setattr(bench.Bench, "decode", decode)
+    status, files = run(sharded, tmp_path, "depth", "--devices", "2")
+    assert (status, len(made)) == (0, 1)
+    rows = files["depth"]["rows"]
+    found = [(row["depth"], row["implementation"], row["collectives"]) for row in rows]
+    assert found[:4] == [
+        (1, OURS, "peer"), (1, "xla", "xla"), (1, bench.NO_SPLIT, "peer"), (1, OURS, "xla")
+    ]  # fmt: skip
+    assert [model.sharding.collectives for model in timed[:4]] == ["peer", "xla", "peer", "xla"]
+    assert sum(each[1:] == (OURS, "xla") for each in found) == 2
+    assert sum(each[1:] == (OURS, "peer") for each in found) >= 8
+    # The very same arrays, and another program.
+    first, other = timed[:2]
+    assert where(other) == where(first) == where(made[0])
+    assert SplitModel(first).static != SplitModel(other).static
+
+
+def choose_ours(*arguments):
+    return AttentionChoice(OURS, "")
+
+
+def where(model) -> list[int]:
+    """The addresses of the weights on each device."""
+    return [
+        shard.data.unsafe_buffer_pointer()
+        for array in model.params().values()
+        for shard in array.addressable_shards
+    ]
+
+
 def check_row(script, row, read_peak):
     """The row follows from its own numbers, and the planner's prediction stands in it."""
     assert row["bound_tok_s"] == pytest.approx(1e12 * read_peak / row["bytes_per_step"])
     assert row["fraction_of_bound"] == pytest.approx(row["tok_s"] / row["bound_tok_s"])
     assert (row["model"], row["num_layers"], row["implementation"]) == ("codellama-34b", 2, "xla")
+    assert row["collectives"] == "xla"
     config = script("runs").tiny(PRESETS["codellama-34b"])
     work = Workload(config=config, context=8 + 1, dtype="bfloat16")
     speed = roofline.speed(work, fit(config, {"tensor": 2}), H200.speeds)
@@ -123,6 +171,7 @@ def test_layers_are_itemised(sharded, tmp_path, monkeypatch):
     assert status == 0
     short, long = files["layers"]["rows"]
     assert (short["depth"], long["depth"], short["mesh"]) == (1, 64, "tensor=2")
+    assert short["collectives"] == long["collectives"] == "xla"
     # 8 us on 2 devices, over 2 layers and 2 tokens.
     assert short["items_us"] == pytest.approx(
         {"matvecs": 1, "attention": 0, "collectives": 1, "rest": 2}
@@ -217,37 +266,52 @@ def test_models_come_one_after_the_other(sharded):
 
 
 # Cases
-@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
-def test_every_part_has_each_case_once(script, devices):
+@pytest.mark.parametrize(
+    ("devices", "peers"), [(1, False), (2, True), (2, False), (4, True), (8, False), (16, False)]
+)
+def test_every_part_has_each_case_once(script, devices, peers):
     cases = script("sharded_cases")
     setup = cases.spread(devices)
     assert setup.devices == devices
     parts = {
-        "depth": cases.depth_cases(setup, "flash_decode"),
-        "layers": cases.layer_cases(setup, "flash_decode"),
-        "million": cases.million_cases(setup, devices, "flash_decode"),
-        "scaling": cases.scaling_cases(devices, "flash_decode"),
+        "depth": cases.depth_cases(setup, OURS, peers),
+        "layers": cases.layer_cases(setup, OURS, peers),
+        "million": cases.million_cases(setup, devices, OURS),
+        "scaling": cases.scaling_cases(devices, OURS),
         "attention": cases.attention_cases(devices),
-        "collectives": cases.collective_cases(
-            devices, {"all_reduce": ("psum",), "all_gather": ("a",), "all_to_all": ("b",)}
-        ),
+        "collectives": cases.collective_cases(devices, script("sharded_ops").implementations()),
     }
     for found in parts.values():
         assert len(set(found)) == len(found) == len(set(map(str, found)))
     assert {case.depth for case in parts["depth"]} == {2**i for i in range(9, 18)}
     assert {1, 2, 4, 8, devices} == {case.devices for case in parts["scaling"]}
     # The programs of a model: rooms of ours and of unsplit attention, and the depths of XLA's.
-    programs = {(c.implementation, c.room or c.depth) for c in parts["depth"]}
-    assert len(programs) == 2 + 1 + 4
+    programs = {(c.implementation, c.collectives, c.room or c.depth) for c in parts["depth"]}
+    assert len(programs) == 2 + 1 + 4 + 2 * peers
     # What needs no program that the first part has not compiled.
-    assert {(c.implementation, c.room or c.depth) for c in parts["layers"]} <= programs
+    assert {(c.implementation, c.collectives, c.room or c.depth) for c in parts["layers"]} <= (
+        programs
+    )
+    without = {
+        part: [c.depth for c in found if (c.implementation, c.collectives) == (OURS, "xla")]
+        for part, found in parts.items()
+        if part in ("depth", "layers", "million", "scaling")
+    }
+    assert without == {
+        "depth": [512, 65536] * peers, "layers": [512] * peers, "million": [], "scaling": [],
+    }  # fmt: skip
+    plain = [c for c in parts["depth"] + parts["layers"] if c.implementation == "xla"]
+    assert {c.collectives for c in plain} == {"xla"}
     smallest = min(case.devices for case in parts["collectives"])
     assert smallest == 2
 
 
 def test_the_collectives_have_the_sizes_of_the_model(script):
     cases = script("sharded_cases")
-    names = {"all_reduce": ("psum", "peer"), "all_gather": ("a",), "all_to_all": ("b",)}
+    names = {
+        "all_reduce": ("psum", "peer"), "all_gather": ("a",), "all_to_all": ("b",),
+        "merge_columns": ("c", "peer"),
+    }  # fmt: skip
     found = cases.collective_cases(4, names)
     sizes = {case.bytes for case in found if case.collective == "all_reduce"}
     assert (min(sizes), max(sizes)) == (2048, 8 * 2**20)
@@ -261,87 +325,5 @@ def test_the_collectives_have_the_sizes_of_the_model(script):
     assert found[0].bytes * 2 * 3 / 4 == all_reduce
     assert size["all_gather"] * 3 == heads
     assert size["all_to_all"] * 3 / 4 == partials
-
-
-# Operations
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 16])
-def test_sums_of_shares_have_no_error(ops, n):
-    shares = ops.shares_of(n)
-    assert (len(shares), shares.sum()) == (n, -1)
-    assert (shares < 0).all()
-    for total in (1, 2, 3):
-        parts = total * shares.astype(jnp.bfloat16)
-        added = np.cumsum(parts, dtype=jnp.bfloat16)
-        assert added[-1] == -total
-
-
-@pytest.mark.parametrize("collective", ["all_reduce", "all_gather", "all_to_all"])
-@pytest.mark.parametrize("n", [3, 4])
-def test_a_collective_is_timed(ops, script, collective, n):
-    (name,) = ops.implementations()[collective]
-    case = script("sharded_cases").CollectiveCase(collective, name, n, 768)
-    row = ops.collective_row(case, jax.devices(), H200.speeds, rounds=2)
-    assert (row["collective"], row["devices"], row["implementation"]) == (collective, n, name)
-    assert row["bytes"] == 768
-    assert row["chain_us"] > 0
-    assert row["us"] < row["chain_us"]
-    times = {"all_reduce": 2 * (n - 1) / n, "all_gather": n - 1, "all_to_all": (n - 1) / n}
-    link = 1e6 * times[collective] * 768 / (H200.speeds.link_gb_s * 1e9)
-    assert row["predicted_us"] == pytest.approx(H200.speeds.collective_us + link)
-    json.dumps(row)
-
-
-def test_a_collective_that_loses_something_gets_no_time(ops, script):
-    def forgetful(x, axis):
-        """Without what the last device has."""
-        last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
-        return jax.lax.psum(jnp.where(last, 0, x).astype(x.dtype), axis)
-
-    kind = ops.COLLECTIVES["all_reduce"]
-    kind.implementations["forgetful"] = forgetful
-    try:
-        case = script("sharded_cases").CollectiveCase("all_reduce", "forgetful", 2, 64)
-        with pytest.raises(RuntimeError, match=r"by forgetful.* are not what they were"):
-            ops.collective_row(case, jax.devices(), None, rounds=1)
-    finally:
-        del kind.implementations["forgetful"]
-
-
-@pytest.fixture
-def attention(ops, script, monkeypatch):
-    """(times attention with few heads, a case of it)"""
-    monkeypatch.setattr(ops, "_CALLS", 2)
-    config = dataclasses.replace(
-        script("sharded_cases").setup_mqa(1).config, num_q_heads=4, head_dim=16
-    )
-    timer = ops.AttentionTimer(config, jax.devices()[:4], 1e12, H200.speeds, cold_bytes=1e6)
-    return timer, script("sharded_cases").AttentionCase
-
-
-def test_attention_over_more_and_more_devices(attention):
-    timer, case = attention
-    alone, both = (timer.row(case(n, 2, 1000)) for n in (1, 2))
-    assert [(row["mesh"], row["devices"]) for row in (alone, both)] == [("", 1), ("seq=2", 2)]
-    num_bytes = 2 * 2 * 1000 * 16 * 2
-    assert (alone["bytes"], both["bytes"]) == (num_bytes, num_bytes // 2)
-    for row in (alone, both):
-        assert row["S"] == 1024
-        assert row["us"] > 0
-        assert row["bound_us"] == pytest.approx(row["bytes"] / 1e6)
-        assert row["fraction_of_bound"] == pytest.approx(row["bound_us"] / row["us"])
-        json.dumps(row)
-    assert alone["predicted_us"] == pytest.approx(num_bytes / 4.6e6)
-    assert both["predicted_us"] > alone["predicted_us"] / 2 + H200.speeds.collective_us
-
-
-def test_attention_that_loses_a_part_gets_no_time(attention, ops, monkeypatch):
-    timer, case = attention
-    timer.row(case(1, 1, 1000))
-    whole = ops.jd.sharded_decode_attention
-
-    def half(q, k, v, kv_len, **options):
-        return whole(q, k, v, kv_len // 2, **options)
-
-    monkeypatch.setattr(ops.jd, "sharded_decode_attention", half)
-    with pytest.raises(RuntimeError, match=r"seq=2, batch 1.* differs from another mesh's by"):
-        timer.row(case(2, 1, 1000))
+    merge = script("sharded_ops").COLLECTIVES["merge_columns"]
+    assert size["merge_columns"] * merge.sent(4) == partials

@@ -7,6 +7,7 @@ tested on GPUs, in test_peer_gpu.py.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, sharded_model
 from naive_llama import CONFIG
@@ -81,6 +83,27 @@ def test_a_mailbox_serves_a_loop():
     text = lowered(function, make_mesh((1, 2, 1)), jax.ShapeDtypeStruct((512,), jnp.bfloat16))
     assert text.count("call @_sum") == 2
     assert "stablehlo.while" in text
+
+
+@pytest.mark.parametrize(
+    ("collective", "width", "dtype"),
+    [("all_reduce", 8192, jnp.bfloat16), ("merge_columns", 64 * 128, jnp.float32)],
+)
+def test_the_chains_of_the_benchmark_open_one_mailbox(
+    project_root, monkeypatch, collective, width, dtype
+):
+    monkeypatch.syspath_prepend(project_root / "benchmarks")
+    ops = importlib.import_module("sharded_ops")
+    kind, mesh = ops.COLLECTIVES[collective], Mesh(np.array(jax.devices()[:2]), ("seq",))
+    run = ops.chained(kind, kind.implementations["peer"], mesh)
+    operands = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, width), (2,)))
+    text = run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("skip_device_barrier = false") == 1
+    assert text.count("skip_device_barrier = true") == 1
+    links = {"all_reduce": "call @_sum", "merge_columns": "call @_merge"}[collective]
+    assert text.count(links) == 32 + (collective == "all_reduce")
+    assert "stablehlo.while" in text
+    assert "stablehlo.all_" not in text
 
 
 def merged_twice(out, lse):
