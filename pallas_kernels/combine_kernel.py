@@ -58,7 +58,7 @@ def _over_rows(kernel, operands, shape, out_dtype, config):
     """Runs a combine kernel, a thread block for each query row."""
     B, T, N, H = shape
     padded = operands[0].shape[-1]
-    return plgpu.kernel(
+    out, lse = plgpu.kernel(
         functools.partial(kernel, config=config),
         out_type=[
             jax.ShapeDtypeStruct(shape, out_dtype),
@@ -70,6 +70,7 @@ def _over_rows(kernel, operands, shape, out_dtype, config):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_combine",
     )(*operands)
+    return out, lse
 
 
 def _combine_kernel(out_partial_ref, lse_partial_ref, *refs, config: SplitConfig, row_smem=None):
