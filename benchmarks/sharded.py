@@ -2,19 +2,21 @@
 
     python benchmarks/sharded.py [PART ...] [--output FOLDER] [--budget-s 400]
 
-    depth        CodeLlama-34B at 512 to 128k tokens: ours, XLA's attention, attention unsplit
+    depth        CodeLlama-34B at 512 to 128k tokens: ours, XLA's attention, attention unsplit;
+                 and, where ours exchanges through the peers' memory, ours with XLA's collectives
     layers       the time of a layer: matvecs, attention, collectives, the rest (needs CUPTI)
-    collectives  latency by size
+    collectives  latency by size, of XLA's and through the peers' memory
     attention    to a million tokens with one KV head, over 1, 2, 4 and 8 GPUs
     million      a million tokens in the cache: CodeLlama-34B, and with one KV head
     scaling      CodeLlama-34B on 1, 2, 4 and 8 GPUs
 
-Without a PART all are measured: on two H200s in about 300 s, of which half is compiling (an
+Without a PART all are measured: on two H200s in about 350 s, of which half is compiling (an
 estimate); each further mesh of `scaling` takes 35 s more. Weights are random. A part's results file
 is sharded_PART.json, written after each row; "left_out" says what is missing and why: what needs
-more devices than there are, what does not fit into memory, what the budget ended. Beside what was
-measured stands what the planner expects, null where it does not know the device. Exit status 1 if a
-case failed. --tiny runs every case with a tiny model on any machine: it tests the script.
+more devices than there are, what does not fit into memory, what a mailbox among peers does not
+take, what the budget ended. Beside what was measured stands what the planner expects, null where it
+does not know the device. Exit status 1 if a case failed. --tiny runs every case with a tiny model
+on any machine: it tests the script.
 """
 
 from __future__ import annotations

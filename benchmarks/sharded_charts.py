@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def draw_depth(results: Results, path: pathlib.Path) -> None:
     """Tokens per second against the context, the planner's prediction dotted."""
-    rows = results["rows"]
+    rows = [row | {"implementation": _how(row, results["rows"])} for row in results["rows"]]
     predicted = [
         row | {"implementation": "planner_model", "tok_s": row["predicted_tok_s"]} for row in rows
     ]
@@ -97,12 +97,12 @@ CHARTS: dict[str, Callable[[Results, pathlib.Path], None]] = {
 
 def table_of_speeds(rows: list[Row]) -> Table:
     """A line per depth: each implementation's tokens per second, and the bound."""
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    names = list(dict.fromkeys(_how(row, rows) for row in rows))
     ours = names[0] if names else ""
     header = ["tokens", *names, "bound", "of the bound", "times unsplit", "predicted"]
     lines = []
     for depth in sorted({row["depth"] for row in rows}):
-        here = {row["implementation"]: row for row in rows if row["depth"] == depth}
+        here = {_how(row, rows): row for row in rows if row["depth"] == depth}
         best = here.get(ours) or next(iter(here.values()))
         speeds = [here[name]["tok_s"] if name in here else None for name in names]
         unsplit = here[NO_SPLIT]["tok_s"] if NO_SPLIT in here else None
@@ -121,12 +121,15 @@ def table_of_speeds(rows: list[Row]) -> Table:
 
 def table_of_meshes(rows: list[Row]) -> Table:
     """A line per model, mesh and depth."""
-    header = ["model", "mesh", "tokens", "tok/s", "bound", "of the bound", "predicted"]
+    header = [
+        "model", "mesh", "collectives by", "tokens", "tok/s", "bound", "of the bound", "predicted",
+    ]  # fmt: skip
     lines = [
         [
-            row["model"], row["mesh"] or "one GPU", bench_output.readable_count(row["depth"]),
-            bench_output.speed(row), _shown(row["bound_tok_s"], ".1f"),
-            _shown(row["fraction_of_bound"], ".1%"), _shown(row["predicted_tok_s"], ".1f"),
+            row["model"], row["mesh"] or "one GPU", row["collectives"] if row["mesh"] else "",
+            bench_output.readable_count(row["depth"]), bench_output.speed(row),
+            _shown(row["bound_tok_s"], ".1f"), _shown(row["fraction_of_bound"], ".1%"),
+            _shown(row["predicted_tok_s"], ".1f"),
         ]
         for row in sorted(rows, key=lambda row: (row["model"], row["depth"], row["devices"]))
     ]  # fmt: skip
@@ -135,10 +138,11 @@ def table_of_meshes(rows: list[Row]) -> Table:
 
 def table_of_layers(rows: list[Row]) -> Table:
     """A line per step: microseconds of a layer, itemised."""
-    header = ["mesh", "attention by", "tokens", "us a layer", *ITEMS, "idle"]
+    header = ["mesh", "attention by", "collectives by", "tokens", "us a layer", *ITEMS, "idle"]
     lines = [
         [
             row["mesh"] or "one GPU", row["implementation"],
+            row["collectives"] if row["mesh"] else "",
             bench_output.readable_count(row["depth"]), _shown(row["us"], ".1f"),
             *(_shown(row["items_us"][item], ".1f") for item in ITEMS),
             _shown(row["idle_us"], ".1f"),
@@ -209,6 +213,13 @@ def _lines(rows: list[Row], name: str, x: str, y: str) -> dict[Any, tuple[list, 
         if row[y] is not None:
             points.setdefault(row[name], []).append((row[x], row[y]))
     return {key: tuple(map(list, zip(*xy, strict=True))) for key, xy in points.items()}
+
+
+def _how(row: Row, rows: list[Row]) -> str:
+    """The implementation, and its collectives where it comes with others first."""
+    name = row["implementation"]
+    first = next(each["collectives"] for each in rows if each["implementation"] == name)
+    return name if row["collectives"] == first else f"{name}, collectives by {row['collectives']}"
 
 
 def _on_most_devices(rows: list[Row]) -> list[Row]:

@@ -17,13 +17,15 @@ def charts(project_root, monkeypatch):
 
 def decoded(**changes) -> dict:
     made = {"mesh": "tensor=4", "devices": 4, "num_layers": 48, "predicted_tok_s": 28.0}
+    made["collectives"] = "peer"
     return row(**(made | changes))
 
 
 DEPTH = [
     decoded(depth=512, implementation="flash_decode", tok_s=36.0, fraction_of_bound=0.9),
     decoded(depth=512, implementation="flash_decode_nosplit", tok_s=6.0),
-    decoded(depth=65536, implementation="xla", predicted_tok_s=None),
+    decoded(depth=512, implementation="flash_decode", collectives="xla", tok_s=31.0),
+    decoded(depth=65536, implementation="xla", collectives="xla", predicted_tok_s=None),
     decoded(depth=65536, implementation="flash_decode", tok_s=24.0, predicted_tok_s=None),
 ]
 SCALING = [
@@ -33,7 +35,8 @@ SCALING = [
 ]
 LAYERS = [
     {
-        "mesh": "tensor=4", "implementation": "xla", "depth": 512, "us": 143.04, "idle_us": 3.0,
+        "mesh": "tensor=4", "implementation": "xla", "collectives": "peer", "depth": 512,
+        "us": 143.04, "idle_us": 3.0,
         "items_us": {"matvecs": 88.0, "attention": 8.0, "collectives": 32.0, "rest": 12.0},
     }
 ]  # fmt: skip
@@ -54,10 +57,10 @@ COLLECTIVES = [
     )
 ]  # fmt: skip
 LINES = {
-    "depth": (DEPTH, "| 512 | 36.0 | 6.0 |  | 40.0 | 90.0% | 6.0 | 28.0 |"),
-    "scaling": (SCALING, "| tiny | tensor=4 | 8k | 80.0 ± 0.2 | 40.0 | 75.3% | 28.0 |"),
-    "million": (SCALING[-1:], "| tiny | one GPU | 8k | 20.0 ± 0.2 | 40.0 | 75.3% | 28.0 |"),
-    "layers": (LAYERS, "| tensor=4 | xla | 512 | 143.0 | 88.0 | 8.0 | 32.0 | 12.0 | 3.0 |"),
+    "depth": (DEPTH, "| 512 | 36.0 | 6.0 | 31.0 |  | 40.0 | 90.0% | 6.0 | 28.0 |"),
+    "scaling": (SCALING, "| tiny | tensor=4 | peer | 8k | 80.0 ± 0.2 | 40.0 | 75.3% | 28.0 |"),
+    "million": (SCALING[-1:], "| tiny | one GPU |  | 8k | 20.0 ± 0.2 | 40.0 | 75.3% | 28.0 |"),
+    "layers": (LAYERS, "| tensor=4 | xla | peer | 512 | 143.0 | 88.0 | 8.0 | 32.0 | 12.0 | 3.0 |"),
     "attention": (ATTENTION, "| 4 | 2 | 1024 | 250.0 | 1.90 |  |"),
     "collectives": (COLLECTIVES, "| all_reduce | psum | 4 | 16 KB | 16.0 | 16.0 |"),
 }
@@ -111,6 +114,19 @@ def test_scaling_starts_at_the_fewest_devices(charts, monkeypatch):
     lines = drawn(charts, monkeypatch, charts.draw_scaling, SCALING)
     assert lines["8k tokens"] == lines["512 tokens"] == [(1, 20), (4, 80)]
     assert "in proportion" in lines
+
+
+def test_depths_tell_collectives_apart(charts, monkeypatch):
+    """By the name of the line, where an implementation comes with others than at first."""
+    seen = []
+    monkeypatch.setattr(charts.bench_output, "draw_chart", lambda rows, *_, **__: seen.extend(rows))
+    charts.draw_depth({"device": "toy", "rows": DEPTH}, None)
+    other = "flash_decode, collectives by xla"
+    assert {row["implementation"]: row["tok_s"] for row in seen if row["depth"] == 512} == {
+        "flash_decode": 36.0, "flash_decode_nosplit": 6.0, other: 31.0, "planner_model": 28.0,
+    }  # fmt: skip
+    header, _ = charts.table_of_speeds(DEPTH)
+    assert header[1:5] == ["flash_decode", "flash_decode_nosplit", other, "xla"]
 
 
 def test_latencies_are_of_the_most_devices(charts, monkeypatch):
