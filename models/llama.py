@@ -367,6 +367,8 @@ def _check_call(
     if num_tokens is not None and getattr(num_tokens, "shape", None) != (B,):
         found = getattr(num_tokens, "shape", num_tokens)
         raise ValueError(f"num_tokens must be an array of shape ({B},), found {found}")
+    if num_tokens is not None and not jnp.issubdtype(num_tokens.dtype, jnp.integer):
+        raise TypeError(f"num_tokens must be integers, found dtype {num_tokens.dtype}")
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: Any) -> nnx.Param:

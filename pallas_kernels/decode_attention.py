@@ -248,9 +248,9 @@ def checked_scale(
     """The scale of the logits, after checking all that is known of a call without values."""
     _check_shapes(q, k, v, sinks)
     _check_dtypes(q, k, v, sinks)
-    if window is not None and (not _is_integer(window) or window < 1):
+    if window is not None and (not is_integer(window) or window < 1):
         raise ValueError(f"window must be an integer >= 1 or None, found {window!r}")
-    if num_splits is not None and (not _is_integer(num_splits) or num_splits < 1):
+    if num_splits is not None and (not is_integer(num_splits) or num_splits < 1):
         raise ValueError(f"num_splits must be an integer >= 1 or None, found {num_splits!r}")
     if softcap is not None and not _number("softcap", softcap) > 0:
         raise ValueError(f"softcap must be > 0 or None, found {softcap!r}")
@@ -338,7 +338,8 @@ def _is_known(value: Any) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether value is one integer; True and False are none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

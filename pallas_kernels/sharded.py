@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import numbers
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from jaxdecode.pallas_kernels.decode_attention import (
     checked_scale,
     choose,
     int32_lengths,
+    is_integer,
     visible_ranges,
 )
 
@@ -239,8 +239,11 @@ def _checked_layout(
         )
     slots = S // mesh.shape[seq_axis]
     block = slots if block is None else block
-    if not isinstance(block, numbers.Integral) or block < 1 or slots % block:
-        raise ValueError(f"block={block} must be a divisor of {slots}, the slots of one device")
+    if not is_integer(block) or block < 1 or slots % block:
+        raise ValueError(
+            f"block must be an integer that divides {slots}, the slots of one device, or None; "
+            f"found {block!r}"
+        )
     return _Layout(mesh, seq_axis, batch_axis, head_axis, int(block))
 
 

@@ -313,6 +313,8 @@ def test_a_head_beside_tied_embeddings_is_refused():
         ({"tokens": TOKENS[0]}, TypeError, r"tokens must be an integer array .*found \(24,\)"),
         ({"num_tokens": 3}, ValueError, r"num_tokens must be an array of shape \(3,\), found 3"),
         ({"num_tokens": np.array([3])}, ValueError, r"of shape \(3,\), found \(1,\)"),
+        ({"num_tokens": np.ones(3)}, TypeError, "num_tokens must be integers, found dtype float64"),
+        ({"num_tokens": np.ones(3, bool)}, TypeError, "num_tokens must be .*found dtype bool"),
     ],
     ids=str,
 )

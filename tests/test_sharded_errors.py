@@ -24,11 +24,13 @@ ERRORS = {
     "heads": (dict(head_axis=("data", "tensor")), r"has 4 devices, .* divide num_kv_heads=2"),
     "an axis twice": (dict(batch_axis="seq"), r"a mesh axis cuts one dimension only; found "
                       r"batch_axis='seq', seq_axis='seq', head_axis=None"),
-    "block zero": (dict(block=0), r"block=0 must be a divisor of 32, the slots of one device"),
-    "block negative": (dict(block=-8), r"block=-8 must be a divisor of 32"),
-    "block too large": (dict(block=64), r"block=64 must be a divisor of 32"),
-    "block not a divisor": (dict(block=12), r"block=12 must be a divisor of 32"),
-    "block a float": (dict(block=8.0), r"block=8.0 must be a divisor of 32"),
+    "block zero": (dict(block=0), r"block must be an integer that divides 32, the slots of one "
+                   r"device, or None; found 0"),
+    "block negative": (dict(block=-8), r"block must be an integer .* found -8$"),
+    "block too large": (dict(block=64), r"block must be an integer .* found 64$"),
+    "block not a divisor": (dict(block=12), r"block must be an integer .* found 12$"),
+    "block a float": (dict(block=8.0), r"block must be an integer .* found 8\.0$"),
+    "block a truth": (dict(block=True), r"block must be an integer .* found True$"),
     "length past the end": (dict(kv_len=65), r"kv_len must lie in \[0, 64\]"),
     "window": (dict(window=0), r"window must be an integer >= 1"),
     "shapes": (dict(T=0), r"every dimension must be at least 1"),
