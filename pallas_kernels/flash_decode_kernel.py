@@ -123,17 +123,25 @@ def _planned_kernel(
     *scratch, q_taken = scratch
     scratch = Scratch(*scratch)
     block = lax.axis_index("block")
-    first, count, tiles = (blocks_ref[block, x] for x in range(3))
+    first, count, tiles, *first_chunk = (blocks_ref[block, x] for x in range(8))
 
-    def chunk_of_plan(i):
-        b, head, base, begin, end = (chunks_ref[first + i, x] for x in range(5))
-        row_blocks = jnp.int32(config.row_blocks)
-        return Chunk(b, lax.div(head, row_blocks), lax.rem(head, row_blocks), base, begin, end)
+    def for_each_chunk(do):
+        """do(i, chunk). What the plan says of the next one is loaded meanwhile."""
+
+        def step(i, numbers):
+            following = jnp.minimum(first + i + 1, chunks_ref.shape[0] - 1)
+            next_numbers = tuple(chunks_ref[following, x] for x in range(5))
+            b, head, base, begin, end = numbers
+            row_blocks = jnp.int32(config.row_blocks)
+            h, row_block = lax.div(head, row_blocks), lax.rem(head, row_blocks)
+            do(i, Chunk(b, h, row_block, base, begin, end))
+            return next_numbers
+
+        lax.fori_loop(0, count, step, tuple(first_chunk))
 
     @pl.when(lax.axis_index("thread") == 0)
     def _consume():
-        def attend(i, _):
-            chunk = chunk_of_plan(i)
+        def attend(i, chunk):
             slots = visible_slots(lo_ref, hi_ref, chunk.b, chunk.row_block, config)
             q = take_q(scratch, config)
             plgpu.barrier_arrive(q_taken)
@@ -142,25 +150,21 @@ def _planned_kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             place = first + i
             store_result(sums, out_ref.at[place], lse_ref.at[place], scratch, config)
-            return ()
 
-        lax.fori_loop(0, count, attend, ())
+        for_each_chunk(attend)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(lax.axis_index("thread") == 1)
     def _produce():
-        def load(i, _):
-            chunk = chunk_of_plan(i)
-
+        def load(i, chunk):
             @pl.when(i > 0)
             def _():
                 plgpu.barrier_wait(q_taken)
 
             load_q(q_ref, k_ref, chunk, scratch, config)
             load_tiles(k_ref, v_ref, chunk, scratch, config)
-            return ()
 
-        lax.fori_loop(0, count, load, ())
+        for_each_chunk(load)
         drain(tiles, scratch, config)
 
         @pl.when(count > 0)

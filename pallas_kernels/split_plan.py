@@ -25,7 +25,8 @@ class SplitPlan(NamedTuple):
     """Which block attends to what, for B sequences of `heads` items each. All int32.
 
     Attributes:
-      blocks: [num_blocks, 3], a block's first chunk, how many it has, and their tiles together.
+      blocks: [num_blocks, 8], a block's first chunk, how many it has, their tiles together,
+        and what `chunks` says of the first, so that a block can begin with it.
       chunks: [num_blocks + B * heads - 1, 5], a chunk's sequence; its item there; and base, begin,
         end: it holds the tiles base + i of its sequence for begin <= i < end, where i counts the
         tiles of its block. Only the chunks that a block has mean anything.
@@ -99,20 +100,25 @@ def _blocks(line, heads, num_blocks):
     # A chunk begins with its block or with its item, so their numbers add up to its own.
     first_chunk = jnp.where(busy, block + first_item, num_blocks + line.num_items * heads)
     count = jnp.where(busy, item_at(end - 1) - first_item + 1, 0)
-    return jnp.stack([first_chunk, count, jnp.maximum(end - begin, 0)], axis=1)
+    tiles = jnp.maximum(end - begin, 0)
+    return jnp.stack([first_chunk, count, tiles, *_chunk(line, block, first_item)], axis=1)
 
 
 def _chunks(line, first_chunk, heads):
     most = len(first_chunk) + len(line.tiles) * heads - 1
     chunk = jnp.arange(most, dtype=jnp.int32)
     block = jnp.maximum(_up_to(first_chunk, chunk) - 1, 0)
-    head, place = jnp.divmod(chunk - block, jnp.maximum(line.num_items, 1))
+    return jnp.stack(_chunk(line, block, chunk - block), axis=1)
+
+
+def _chunk(line, block, item):
+    """What a block holds of an item."""
+    head, place = jnp.divmod(item, jnp.maximum(line.num_items, 1))
     b = _sequence_at(line.items, place)
     block_start, item_start = block * line.size, head * line.length + line.start[b]
     begin = jnp.maximum(item_start - block_start, 0)
     end = jnp.minimum(item_start + line.tiles[b] - block_start, line.size)
-    base = line.first_tile[b] + block_start - item_start
-    return jnp.stack([b, head, base, begin, end], axis=1)
+    return b, head, line.first_tile[b] + block_start - item_start, begin, end
 
 
 def _spans(line, heads):

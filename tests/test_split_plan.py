@@ -30,8 +30,9 @@ def plan(lo, hi, heads, num_blocks):
 
 def chunks_of(blocks, chunks):
     """(block, number, sequence, head, tiles) of every chunk that a block has."""
-    for block, (first, count, tiles) in enumerate(blocks.tolist()):
+    for block, (first, count, tiles, *first_chunk) in enumerate(blocks.tolist()):
         end_before = 0
+        assert count == 0 or first_chunk == chunks[first].tolist()
         for number in range(first, first + count):
             b, head, base, begin, end = chunks[number].tolist()
             assert begin == end_before, "a block's tiles are counted through"
