@@ -39,6 +39,7 @@ from kernel_items import itemised, items_of_fusions
 from runs import Clock, Recorder, Row, spoken_speed, tiny
 from sharded_cases import (
     PEER,
+    XLA,
     AttentionCase,
     Case,
     CollectiveCase,
@@ -206,11 +207,12 @@ class Run:
     def timer(self, case: DecodeCase) -> bench.Bench:
         """For the case's model and collectives."""
         made = self._made(case.setup)
-        if case.collectives is None:
+        model, mesh = made.model, made.model.sharding.mesh
+        if mesh is None:
             return made
         # The same weights: only what their exchanges go through differs.
-        model = made.model
-        sharding = dataclasses.replace(model.sharding, collectives=case.collectives)
+        collectives = case.collectives or choose_collectives(mesh)[0]
+        sharding = dataclasses.replace(model.sharding, collectives=collectives)
         return dataclasses.replace(
             made, model=Llama.from_params(model.config, model.params(), sharding)
         )
@@ -249,7 +251,7 @@ class Run:
             made = self._plan(case, case.depth + (found.tokens + 1) // 2)
             self._decoded[case] = {
                 **dataclasses.asdict(found),
-                "collectives": timer.model.sharding.collectives,
+                "collectives": timer.model.sharding.collectives or XLA,
                 "num_layers": case.setup.config.num_layers,
                 "devices": case.devices,
                 "predicted_tok_s": made.speed.predicted_tok_s if made and made.speed else None,
@@ -274,7 +276,7 @@ class Run:
             "model": setup.model, "mesh": setup.mesh, "num_layers": setup.config.num_layers,
             "devices": case.devices, "depth": case.depth, "tokens": tokens,
             "implementation": dispatch.choice.implementation,
-            "collectives": timer.model.sharding.collectives, "us": us, "items_us": items_us,
+            "collectives": timer.model.sharding.collectives or XLA, "us": us, "items_us": items_us,
             "idle_us": us - sum(items_us.values()),
             "kernels": [
                 {

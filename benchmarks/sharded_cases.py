@@ -55,7 +55,7 @@ class DecodeCase:
     Attributes:
       depth: tokens in the cache at the start.
       implementation: of attention.
-      collectives: what exchanges between devices go through; None: as `fit_mesh` chooses.
+      collectives: what exchanges between devices go through; None: as generation chooses.
       room: tokens that the cache has room for, besides those generated; None: just enough. Cases
         of equal room share their compiled program.
       may_shrink: whether the model may lose layers where it does not fit into memory.

@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
-from jaxdecode.models.sharding import Sharding
+from jaxdecode.models.sharding import Sharding, choose_collectives
 from jaxdecode.sampling import SamplingArrays, sample
 
 Array = jax.Array
@@ -71,16 +71,23 @@ class StaticModel(NamedTuple):
 
     def merge(self, leaves: list[Array]) -> Llama:
         """The model with these arrays."""
-        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, leaves))
+        model = nnx.merge(self.graph, jax.tree.unflatten(self.structure, leaves))
+        model.sharding = self.sharding
+        return model
 
 
 class SplitModel:
-    """A model split into `static` and `leaves`, its arrays."""
+    """A model split into `static` and `leaves`, its arrays, for generation: nobody asks for a
+    gradient there, so its collectives may be those that have none."""
 
     def __init__(self, model: Llama):
         graph, state = nnx.split(model)
         self.leaves, structure = jax.tree.flatten(state)
-        self.static = StaticModel(graph, structure, model.sharding)
+        sharding = model.sharding
+        if sharding.mesh is not None and sharding.collectives is None:
+            chosen, _ = choose_collectives(sharding.mesh)
+            sharding = dataclasses.replace(sharding, collectives=chosen)
+        self.static = StaticModel(graph, structure, sharding)
 
 
 def start_state(model: Llama, cache: KVCache, remaining: np.ndarray) -> DecodeState:

@@ -51,7 +51,8 @@ class Sharding:
       data, tensor, seq: devices along each axis.
       whole: letters that RULES would cut but that stay whole on each device.
       mesh: None for one device, and for planning without devices.
-      collectives: one of COLLECTIVES, for what a step exchanges in each layer.
+      collectives: one of COLLECTIVES, for what a step exchanges in each layer. None: generation
+        chooses, and a bare call of the model takes "xla", because "peer" has no gradient.
     """
 
     data: int = 1
@@ -59,7 +60,7 @@ class Sharding:
     seq: int = 1
     whole: str = ""
     mesh: Mesh | None = None
-    collectives: str = "xla"
+    collectives: str | None = None
 
     def __str__(self) -> str:
         """The axes of more than one device, such as tensor=2,seq=2; empty for one device."""
@@ -138,7 +139,7 @@ class Sharding:
     def why_not_peer(self, letters: str, shape: tuple[int, ...], dtype: Any) -> str | None:
         """Why exchanges of such arrays do not go through the peers' memory; None if they do."""
         if self.collectives != "peer":
-            return f"this sharding's collectives are {self.collectives}"
+            return f"this sharding's collectives are {self.collectives or 'xla'}"
         if not self._axes_of_all(letters):
             return f"no two devices hold different parts of {letters}"
         return peer.why_not(shape, dtype)
@@ -173,8 +174,7 @@ def fit_mesh(config: LlamaConfig, mesh: Mesh) -> Sharding:
     """
     sharding = fit(config, dict(mesh.shape))
     # With Explicit axes JAX would ask for a sharding at every ambiguous operation.
-    mesh = Mesh(mesh.devices, mesh.axis_names)
-    return dataclasses.replace(sharding, mesh=mesh, collectives=choose_collectives(mesh)[0])
+    return dataclasses.replace(sharding, mesh=Mesh(mesh.devices, mesh.axis_names))
 
 
 def choose_collectives(mesh: Mesh) -> tuple[str, str]:

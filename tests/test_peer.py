@@ -12,6 +12,9 @@ import pytest
 from meshes import make_mesh
 from naive_llama import CONFIG
 
+from jaxdecode import decode_loop
+from jaxdecode.decode_loop import SplitModel
+from jaxdecode.models.llama import Llama
 from jaxdecode.models.sharding import COLLECTIVES, Sharding, choose_collectives, fit_mesh
 from jaxdecode.pallas_kernels import peer
 
@@ -105,11 +108,21 @@ def test_a_sharding_says_why_it_does_not_use_peers():
     assert asked.mailbox("F", (1, 1, 576), jnp.bfloat16) is None
 
 
-def test_a_mesh_of_this_machine_uses_xla():
-    sharding = fit_mesh(CONFIG, make_mesh((1, 2, 1)))
-    assert sharding.collectives == "xla"
-    assert {"peer", "xla"} == set(COLLECTIVES)
-    assert sharding != dataclasses.replace(sharding, collectives="peer")
+def test_generation_chooses_the_collectives_and_a_bare_call_takes_those_with_a_gradient(
+    monkeypatch,
+):
+    model = Llama(CONFIG)
+    model.sharding = fit_mesh(CONFIG, make_mesh((1, 2, 1)))
+    assert model.sharding.collectives is None
+    assert "are xla" in model.sharding.why_not_peer("F", (1, 1, 8192), jnp.bfloat16)
+    assert SplitModel(model).static.sharding.collectives == "xla"
+    monkeypatch.setattr(decode_loop, "choose_collectives", lambda mesh: ("peer", ""))
+    split = SplitModel(model)
+    assert split.static.merge(split.leaves).sharding.collectives == "peer"
+    assert model.sharding.collectives is None
+    for asked in COLLECTIVES:
+        model.sharding = dataclasses.replace(model.sharding, collectives=asked)
+        assert SplitModel(model).static.sharding.collectives == asked
 
 
 @pytest.mark.parametrize(
