@@ -5,6 +5,7 @@ And the fixtures of many files: the project's own files, and the command line wi
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pathlib
@@ -112,6 +113,13 @@ def interpreter():
 @pytest.fixture(scope="session")
 def project_root() -> pathlib.Path:
     return ROOT
+
+
+@pytest.fixture
+def script(project_root, monkeypatch):
+    """script(name) imports a module of benchmarks/."""
+    monkeypatch.syspath_prepend(project_root / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

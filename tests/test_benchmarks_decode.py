@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 
@@ -14,13 +13,6 @@ from jaxdecode.models.kv_cache import round_up_capacity
 
 # 75 % of an H200, which is what JAX takes.
 H200_BYTES = 0.75 * 139 * 2**30
-
-
-@pytest.fixture
-def script(project_root, monkeypatch):
-    """script(name) imports a module of benchmarks/."""
-    monkeypatch.syspath_prepend(project_root / "benchmarks")
-    return importlib.import_module
 
 
 @pytest.fixture

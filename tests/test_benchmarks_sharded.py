@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 
 import jax
@@ -27,12 +26,10 @@ CEILING = ReadCeiling(1e12, "copy", {"copy": 1e12}, 1)
 
 
 @pytest.fixture
-def script(project_root, monkeypatch):
-    """script(name) imports a module of benchmarks/."""
-    monkeypatch.syspath_prepend(project_root / "benchmarks")
+def script(script, monkeypatch):
     # The script gives it a value, for its own process.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    return importlib.import_module
+    return script
 
 
 @pytest.fixture

@@ -17,13 +17,6 @@ H200 = DEVICES["h200"]
 
 
 @pytest.fixture
-def script(project_root, monkeypatch):
-    """script(name) imports a module of benchmarks/."""
-    monkeypatch.syspath_prepend(project_root / "benchmarks")
-    return importlib.import_module
-
-
-@pytest.fixture
 def ops(script):
     return script("sharded_ops")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +43,8 @@ ENTRY %main (param: bf16[8192]) -> bf16[8192] {
 
 
 @pytest.fixture
-def items(project_root, monkeypatch):
-    monkeypatch.syspath_prepend(project_root / "benchmarks")
-    return importlib.import_module("kernel_items")
+def items(script):
+    return script("kernel_items")
 
 
 def test_fusions_are_what_they_consist_of(items):

@@ -7,7 +7,6 @@ tested on GPUs, in test_peer_gpu.py.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 
 import jax
@@ -89,11 +88,8 @@ def test_a_mailbox_serves_a_loop():
     ("collective", "width", "dtype"),
     [("all_reduce", 8192, jnp.bfloat16), ("merge_columns", 64 * 128, jnp.float32)],
 )
-def test_the_chains_of_the_benchmark_open_one_mailbox(
-    project_root, monkeypatch, collective, width, dtype
-):
-    monkeypatch.syspath_prepend(project_root / "benchmarks")
-    ops = importlib.import_module("sharded_ops")
+def test_the_chains_of_the_benchmark_open_one_mailbox(script, collective, width, dtype):
+    ops = script("sharded_ops")
     kind, mesh = ops.COLLECTIVES[collective], Mesh(np.array(jax.devices()[:2]), ("seq",))
     run = ops.chained(kind, kind.implementations["peer"], mesh)
     operands = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, width), (2,)))

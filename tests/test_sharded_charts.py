@@ -10,9 +10,8 @@ from bench_rows import row
 
 
 @pytest.fixture
-def charts(project_root, monkeypatch):
-    monkeypatch.syspath_prepend(project_root / "benchmarks")
-    return importlib.import_module("sharded_charts")
+def charts(script):
+    return script("sharded_charts")
 
 
 def decoded(**changes) -> dict:
