@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-OURS = ("flash_decode", "flash_decode_nosplit", "jaxdecode_xla")
+# "jaxdecode" is what decode_attention chooses, measured where that is not flash_decode.
+OURS = ("jaxdecode", "flash_decode", "flash_decode_nosplit", "jaxdecode_xla")
 JAX_PEERS = ("xla", "cudnn")
 TORCH_PEERS = ("sdpa_flash", "sdpa_cudnn", "fa3", "fa3_nosplit", "flashinfer")
 PEERS = JAX_PEERS + TORCH_PEERS

@@ -29,6 +29,9 @@ Call = Callable[[Array, Array, Array, Array], Array]
 KernelTimes = Callable[[Callable[[], object]], list[float]]
 
 COMPILE_THREADS = 8
+# A command buffer is recorded anew when addresses change, as they do from one rotation to the next:
+# that would be timed in place of the calls.
+COMPILER_OPTIONS = {"xla_gpu_enable_command_buffer": ""}
 KERNEL_ROTATIONS = 3
 
 
@@ -48,13 +51,22 @@ def implementation_calls(case: Case) -> dict[str, Call]:
         return call
 
     ours = functools.partial(functools.partial, jd.decode_attention)
+    chosen = jd.explain_attention(*shapes(case)).implementation
     return {
+        **({} if chosen == "flash_decode" else {"jaxdecode": ours()}),
         "flash_decode": ours(implementation="flash_decode"),
         "flash_decode_nosplit": ours(implementation="flash_decode", num_splits=1),
         "jaxdecode_xla": ours(implementation="xla"),
         "xla": jax_nn("xla"),
         "cudnn": jax_nn("cudnn"),
     }
+
+
+def shapes(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of q, k, v and kv_len."""
+    q = jax.ShapeDtypeStruct((case.B, T, case.N, H), DTYPE)
+    kv = jax.ShapeDtypeStruct((case.B, case.S, case.K, H), DTYPE)
+    return q, kv, kv, jax.ShapeDtypeStruct((case.B,), jnp.int32)
 
 
 def chain(call: Call, calls: int) -> Callable:
@@ -119,14 +131,13 @@ class Prepared:
 
 def prepare(case: Case, implementations: list[str], pool: concurrent.futures.Executor) -> Prepared:
     """Lowers here, where Python is the limit, and compiles in the threads of `pool`."""
-    q = jax.ShapeDtypeStruct((case.B, T, case.N, H), DTYPE)
-    kv = jax.ShapeDtypeStruct((case.B, case.S, case.K, H), DTYPE)
-    kv_len = jax.ShapeDtypeStruct((case.B,), jnp.int32)
+    q, kv, _, kv_len = shapes(case)
     caches = [kv] * case.rotation.buffers
 
-    def compiled(function: Callable, *shapes: Any) -> Future:
+    def compiled(function: Callable, *operands: Any) -> Future:
         try:
-            return pool.submit(jax.jit(function).lower(*shapes).compile)
+            lowered = jax.jit(function).lower(*operands)
+            return pool.submit(lowered.compile, COMPILER_OPTIONS)
         except Exception as error:  # noqa: BLE001  what it cannot serve is its result
             future: Future = Future()
             future.set_exception(error)

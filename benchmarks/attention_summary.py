@@ -41,7 +41,7 @@ GEOMETRIC_MEAN_GOAL = 1.3
 UNSPLIT_GOALS = {full(1, 65536): 38, full(1, 524288): 45}  # times faster than FlashAttention-3
 FRACTION_GOALS = ((2e9, 0.97), (5e8, 0.95))  # from so many bytes on
 CAPACITY_GOAL = 1.05
-TABLE_CASES = MODEL_CASES + BATCH_CASES[:1] + CAPACITY_CASES[:1]
+TABLE_CASES = (*MODEL_CASES, full(64, 1024), *BATCH_CASES[:1], *CAPACITY_CASES[:1])
 TABLE_COLUMNS = {
     "flash_decode": "jaxdecode",
     "xla": "jax.nn xla",
@@ -67,6 +67,11 @@ def times(results: dict, key: str = "kernel_us") -> Times:
     return found
 
 
+def ours(by_name: dict[str, float]) -> float | None:
+    """Of what decode_attention chooses; None where that was not measured."""
+    return by_name.get("jaxdecode", by_name.get("flash_decode"))
+
+
 def best_peer(by_name: dict[str, float], peers: Iterable[str] = PEERS) -> tuple[float, str] | None:
     """The least time of the peers and its name; None without peers."""
     return min(((by_name[name], name) for name in peers if name in by_name), default=None)
@@ -75,12 +80,12 @@ def best_peer(by_name: dict[str, float], peers: Iterable[str] = PEERS) -> tuple[
 def speedups(
     found: Times, cases: Iterable[Case], peers: Iterable[str] = PEERS
 ) -> dict[Case, float]:
-    """How many times faster than the best peer flash_decode is, where both were measured."""
+    """How many times faster than the best peer ours is, where both were measured."""
     pairs = {case: best_peer(found.get(case, {}), peers) for case in cases}
     return {
-        case: best[0] / found[case]["flash_decode"]
+        case: best[0] / time
         for case, best in pairs.items()
-        if best is not None and "flash_decode" in found[case]
+        if best is not None and (time := ours(found[case])) is not None
     }
 
 
@@ -113,15 +118,15 @@ def goal_lines(found: Times) -> list[str]:
     """One line for each case with a goal."""
     lines = [f"{'case':22} {'ours':>9} {'goal':>7}      {'best peer':>9}"]
     for case, goal in GOALS_US.items():
-        ours = found.get(case, {}).get("flash_decode")
-        if ours is None:
+        time = ours(found.get(case, {}))
+        if time is None:
             lines.append(f"{case.name:22} {'-':>9} {goal:7.1f} not measured")
             continue
         peer = best_peer(found[case])
         shown = (
-            "-" if peer is None else f"{peer[0]:9.2f} {peer[1]} ({peer[0] / ours:.2f} times ours)"
+            "-" if peer is None else f"{peer[0]:9.2f} {peer[1]} ({peer[0] / time:.2f} times ours)"
         )
-        lines.append(f"{case.name:22} {ours:9.2f} {goal:7.1f} {verdict(ours <= goal)} {shown}")
+        lines.append(f"{case.name:22} {time:9.2f} {goal:7.1f} {verdict(time <= goal)} {shown}")
     return lines
 
 
@@ -173,8 +178,8 @@ def ceiling_lines(results: dict) -> list[str]:
     lines = []
     for case, by_name in times(results, "fraction_of_peak").items():
         goal = next((goal for least, goal in FRACTION_GOALS if case.bytes >= least), None)
-        if goal is not None and not case.is_ragged and "flash_decode" in by_name:
-            fraction = by_name["flash_decode"]
+        fraction = ours(by_name)
+        if goal is not None and not case.is_ragged and fraction is not None:
             reached = verdict(fraction >= goal)
             lines.append(f"{reached} {case.name}: {fraction:.3f} of the ceiling (goal {goal})")
     return lines
@@ -186,7 +191,7 @@ def verdict(reached: bool) -> str:
 
 
 def table(results: dict) -> str:
-    """The model shapes, a ragged batch and a nearly empty cache as a Markdown table, kernel_us."""
+    """The model shapes, short and ragged batches, and a nearly empty cache, as Markdown."""
     found, fractions = times(results), times(results, "fraction_of_peak")
     names = [name for name in TABLE_COLUMNS if any(name in found.get(c, {}) for c in TABLE_CASES)]
     heads = [
@@ -200,9 +205,10 @@ def table(results: dict) -> str:
         by_name = found.get(case)
         if by_name is None:
             continue
-        fastest = min(by_name[name] for name in names if name in by_name)
+        by_name = {**by_name, "flash_decode": ours(by_name)}
+        fastest = min(by_name[name] for name in names if by_name.get(name) is not None)
         cells = [cell(by_name.get(name), fastest) for name in names]
-        fraction = fractions[case].get("flash_decode")
+        fraction = ours(fractions[case])
         ceiling = "-" if fraction is None else f"{fraction:.0%}"
         lines.append(
             "| " + " | ".join([case.name, f"{case.bytes / 1e6:.1f}", *cells, ceiling]) + " |"

@@ -5,10 +5,13 @@ B batch, T query tokens, S capacity, N query heads, K KV heads, H head_dim.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxdecode.pallas_kernels import xla
 
 Array = jax.Array
 
@@ -17,14 +20,17 @@ _MAX_HEAD_DIM = 256
 
 
 def why_not(
-    q: Any, *, window: int | None, softcap: float | None, sinks: Any, return_lse: bool
-) -> str | None:
+    q: Any, *, window: int | None, softcap: float | None, sinks: Any, out_dtype: Any,
+    return_lse: bool,
+) -> str | None:  # fmt: skip
     """Why cuDNN cannot serve a call with these arguments of `decode_attention`; None if it can."""
     _, T, _, H = q.shape
     if T != 1:
         return f"its causal order begins at the first key, so it takes one query token, not {T}"
     if return_lse:
         return "its log-sum-exp has the dtype of q, not float32"
+    if out_dtype != q.dtype:
+        return f"its result has the dtype of q, {q.dtype}, not {out_dtype}"
     for name, value in (("window", window), ("softcap", softcap), ("sinks", sinks)):
         if value is not None:
             return f"it is not called with {name}"
@@ -37,16 +43,34 @@ def why_not(
     return None
 
 
-def attend(q: Array, k: Array, v: Array, hi: Array, *, scale: float) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attend(q: Array, k: Array, v: Array, lo: Array, hi: Array, scale: float) -> Array:
     """Attends the one query token of each sequence to the slots s < hi.
 
     Args:
-      q: [B, 1, N, H]; k, v: [B, S, K, H]; hi: [B, 1] int32.
+      q: [B, 1, N, H]; k, v: [B, S, K, H]; lo, hi: [B, 1] int32, lo zero.
 
     Returns:
-      [B, 1, N, H] in q's dtype, 0 where nothing is visible.
+      [B, 1, N, H] in q's dtype, 0 where nothing is visible. Its gradient is that of `portable`: no
+      dead slot can poison it.
     """
     out = jax.nn.dot_product_attention(
         q, k, v, scale=scale, key_value_seq_lengths=hi[:, 0], implementation="cudnn"
     )
     return jnp.where(hi[:, :, None, None] > 0, out, 0)
+
+
+def portable(q: Array, k: Array, v: Array, lo: Array, hi: Array, scale: float) -> Array:
+    """The same, without cuDNN."""
+    return xla.attend(q, k, v, lo, hi, scale=scale)[0].astype(q.dtype)
+
+
+def _saving(q, k, v, lo, hi, scale):
+    return jax.vjp(lambda q, k, v: portable(q, k, v, lo, hi, scale), q, k, v)
+
+
+def _backward(scale, gradient, d_out):
+    return *gradient(d_out), None, None
+
+
+attend.defvjp(_saving, _backward)

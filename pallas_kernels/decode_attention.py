@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxdecode.pallas_kernels import cudnn, flash_decode, prefill, xla
+from jaxdecode.pallas_kernels.crossover import cudnn_is_faster, wide_is_faster
 from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
@@ -95,7 +96,7 @@ def decode_attention(
       num_splits: into how many parts the keys are cut; flash_decode only, which otherwise cuts a
         batch into equal work, whatever the lengths, and for many query tokens cuts no keys.
       implementation: None to choose, or one of IMPLEMENTATIONS. "cudnn" serves one query token
-        without window, softcap, sinks and log-sum-exp; it is never chosen unasked.
+        without window, softcap, sinks and log-sum-exp, in q's dtype.
       out_dtype: float type of the result, q's when None. Ask for float32 when you will merge it.
       return_lse: also return the log-sum-exp of the logits.
 
@@ -109,12 +110,14 @@ def decode_attention(
     """
     scale = checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
     out_dtype = checked_out_dtype(q, out_dtype)
-    not_cudnn = cudnn.why_not(q, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse)
+    not_cudnn = cudnn.why_not(
+        q, window=window, softcap=softcap, sinks=sinks, out_dtype=out_dtype, return_lse=return_lse
+    )
     choice = choose(q, k, num_splits=num_splits, implementation=implementation, not_cudnn=not_cudnn)
     kv_len, q_start = int32_lengths(k, kv_len, q_start)
     lo, hi = visible_ranges(kv_len, q.shape[1], k.shape[1], q_start=q_start, window=window)
     if choice.implementation == "cudnn":
-        return cudnn.attend(q, k, v, hi, scale=scale).astype(out_dtype)
+        return _attend_by_cudnn(choice, q, k, v, lo, hi, scale)
     out, lse = attend_ranges(
         choice, q, k, v, lo, hi, scale=scale, softcap=softcap, sinks=sinks, num_splits=num_splits,
         out_dtype=out_dtype,
@@ -140,8 +143,10 @@ def explain_attention(
     these shapes and types.
     """
     checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
-    checked_out_dtype(q, out_dtype)
-    not_cudnn = cudnn.why_not(q, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse)
+    out_dtype = checked_out_dtype(q, out_dtype)
+    not_cudnn = cudnn.why_not(
+        q, window=window, softcap=softcap, sinks=sinks, out_dtype=out_dtype, return_lse=return_lse
+    )
     return choose(q, k, num_splits=num_splits, implementation=implementation, not_cudnn=not_cudnn)
 
 
@@ -174,13 +179,26 @@ def choose(
         return AttentionChoice("flash_decode", "asked for", asked_for=implementation is not None)
     if obstacle is not None:
         return AttentionChoice("xla", f"the portable implementation; {obstacle}")
+    if not_cudnn is None and cudnn_is_faster(k.shape):
+        return AttentionChoice("cudnn", "the fastest for many short sequences on this GPU")
     kind = "wide-query kernel" if _is_wide(q, k, num_splits) else "split-KV kernels"
     return AttentionChoice("flash_decode", f"{kind} for this GPU")
 
 
+def _attend_by_cudnn(
+    choice: AttentionChoice, q: Array, k: Array, v: Array, lo: Array, hi: Array, scale: float
+) -> Array:
+    operands = vary_alike(q, k, v, lo, hi)
+    if choice.asked_for:
+        return cudnn.attend(*operands, scale)
+    # As in `attend_ranges`.
+    by_cudnn, portable = (lambda *x, f=f: f(*x, scale) for f in (cudnn.attend, cudnn.portable))
+    return lax.platform_dependent(*operands, cuda=by_cudnn, default=portable)
+
+
 def _is_wide(q: Any, k: Any, num_splits: int | None) -> bool:
     """Whether flash_decode serves the call by its wide-query kernel."""
-    return num_splits is None and prefill.is_faster(q.shape, k.shape)
+    return num_splits is None and wide_is_faster(q.shape, k.shape)
 
 
 def attend_ranges(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from jaxdecode.pallas_kernels.crossover import WIDE_ROWS, wide_heads
 from jaxdecode.pallas_kernels.kernel_call import differentiable
-from jaxdecode.pallas_kernels.split_config import NUM_SMS, num_row_blocks
 
 if TYPE_CHECKING:
     from jaxdecode.pallas_kernels.prefill_kernel import WideConfig
@@ -22,25 +22,6 @@ Shape = tuple[int, ...]
 
 # Shared memory of a block, less what barriers and alignment take.
 _SHARED_BYTES = 226 * 1024
-# Up to so many query tokens a call is decoding, which the split kernels are made for.
-_MOST_DECODE_TOKENS = 16
-# Query rows of a block of the kernel.
-_BLOCK_ROWS = 128
-# Row blocks that the split kernels go through while each multiprocessor does a block of this one.
-# On an H200, against 32k tokens: 2.5 us for a row block, 415 us for a round of 132 blocks. It tells
-# the faster one for 17 to 256 tokens of 64/8 and of 16/2 heads.
-_ROW_BLOCKS_PER_ROUND = 72
-
-
-def is_faster(q_shape: Shape, k_shape: Shape) -> bool:
-    """Whether the kernel serves this call faster than the split kernels do."""
-    B, T, N, _ = q_shape
-    if T <= _MOST_DECODE_TOKENS:
-        return False
-    heads = _heads(q_shape, k_shape)
-    blocks = B * (N // heads) * -(-T * heads // _BLOCK_ROWS)
-    rounds = -(-blocks // NUM_SMS)
-    return num_row_blocks(q_shape, k_shape) > _ROW_BLOCKS_PER_ROUND * rounds
 
 
 def attend(
@@ -94,19 +75,14 @@ def wide_config(
     _, S, _, H = k_shape
     # Wide heads leave registers for narrow tiles only.
     block_kv = 128 if H <= 128 and S >= 128 else 64
-    q_bytes = _BLOCK_ROWS * H * 2
+    q_bytes = WIDE_ROWS * H * 2
     # The result leaves 64 columns at a time, or fewer.
-    out_bytes = _BLOCK_ROWS * 64 * jnp.dtype(out_dtype).itemsize
+    out_bytes = WIDE_ROWS * 64 * jnp.dtype(out_dtype).itemsize
     stages = (_SHARED_BYTES - q_bytes - out_bytes) // (2 * 2 * block_kv * H)
     return WideConfig(
-        heads=_heads(q_shape, k_shape),
+        heads=wide_heads(q_shape, k_shape),
         block_kv=block_kv,
         stages=min(4, stages),
         scale=scale,
         softcap=softcap,
     )
-
-
-def _heads(q_shape: Shape, k_shape: Shape) -> int:
-    """Query heads of a block: two of one KV head where their number is even."""
-    return 1 if q_shape[2] // k_shape[2] % 2 else 2

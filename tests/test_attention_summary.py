@@ -122,7 +122,7 @@ def test_charts_hold_every_implementation(cases, tmp_path):
 def test_every_implementation_has_a_style_or_is_left_out_on_purpose(cases):
     from attention_charts import STYLES
 
-    assert set(cases.IMPLEMENTATIONS) - set(STYLES) == {"jaxdecode_xla"}
+    assert set(cases.IMPLEMENTATIONS) - set(STYLES) == {"jaxdecode", "jaxdecode_xla"}
     looks = [(style["color"], style.get("linestyle")) for style in STYLES.values()]
     assert len(set(looks)) == len(looks)
 
@@ -139,3 +139,11 @@ def test_readme_shows_the_results_as_soon_as_there_are_any(project_root):
         for chart in ("attention_time.png", "attention_fraction.png"):
             assert f"benchmarks/results/h200/{chart}" in readme
             assert (project_root / "benchmarks/results/h200" / chart).exists()
+
+
+def test_ours_is_what_the_door_chooses():
+    from attention_summary import ours
+
+    assert ours({"jaxdecode": 1.0, "flash_decode": 2.0, "cudnn": 1.0}) == 1.0
+    assert ours({"flash_decode": 2.0, "cudnn": 1.0}) == 2.0
+    assert ours({"cudnn": 1.0}) is None

@@ -1,13 +1,15 @@
-"""implementation="cudnn" on a GPU: exact where it serves, whatever unseen slots hold."""
+"""cuDNN on a GPU: exact where it serves, whatever unseen slots hold, and how it meets JAX."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from reference import assert_close, low_precision_attention, make_case, reference_attention
 
-from jaxdecode.pallas_kernels import decode_attention
+from jaxdecode.pallas_kernels import decode_attention, explain_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -39,3 +41,60 @@ def test_a_query_may_stand_before_the_last_token():
 def test_dead_slots_do_not_matter(dead):
     case = make_case(LENGTHS, 1, 8, 2, 128, S=1024, dtype="bfloat16")
     check(case.with_dead_slots(dead, dead))
+
+
+def many_short():
+    """A batch for which cuDNN is chosen, with empty rows and NaN in dead slots."""
+    lengths = np.arange(128) * 7 % 258
+    case = make_case(tuple(lengths.clip(max=256).tolist()), 1, 8, 2, 128, S=256, dtype="bfloat16")
+    return case.with_dead_slots(np.nan, np.nan)
+
+
+def operands(case):
+    return [jnp.asarray(x) for x in (case.q, case.k, case.v, case.kv_len)]
+
+
+def test_chosen_for_many_short_sequences():
+    case = many_short()
+    assert explain_attention(*operands(case)).implementation == "cudnn"
+    out = np.asarray(jax.jit(decode_attention)(*operands(case)))
+    ref, _ = reference_attention(case.q, case.k, case.v, case.kv_len)
+    low = low_precision_attention(case.q, case.k, case.v, case.kv_len)
+    assert_close(out, ref, low, case.q.dtype)
+    np.testing.assert_array_equal(out[case.kv_len == 0], 0)
+
+
+def test_vmap_and_gradient():
+    q, k, v, kv_len = operands(many_short())
+    halves = [x.reshape(2, 64, *x.shape[1:]) for x in (q, k, v, kv_len)]
+
+    def attend(*operands):
+        return decode_attention(*operands, implementation="cudnn")
+
+    whole = attend(q, k, v, kv_len)
+    parts = jax.vmap(attend)(*halves)
+    parts, whole = (np.asarray(x, np.float32) for x in (parts.reshape(whole.shape), whole))
+    np.testing.assert_allclose(parts, whole, atol=0.02)
+
+    def gradient(implementation):
+        def loss(q, k, v):
+            out = decode_attention(q, k, v, kv_len, implementation=implementation)
+            return jnp.sum(out.astype(jnp.float32) ** 2)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    for ours, theirs in zip(gradient(None), gradient("xla"), strict=True):
+        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max())
+
+
+def test_inside_shard_map():
+    arrays = operands(many_short())
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    sharded = jax.shard_map(
+        decode_attention, mesh=mesh, in_specs=(P("data"),) * 4, out_specs=P("data")
+    )
+    np.testing.assert_array_equal(
+        np.asarray(jax.jit(sharded)(*arrays)), np.asarray(decode_attention(*arrays))
+    )

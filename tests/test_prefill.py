@@ -24,6 +24,7 @@ from jaxdecode.pallas_kernels import (
     prefill_kernel,
     xla,
 )
+from jaxdecode.pallas_kernels.crossover import wide_is_faster
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 
 # (B, T, S, N, K, H, options): both shares of a block, tiles skipped and masked at both ends, a ring
@@ -256,4 +257,4 @@ MEASURED = [
 @pytest.mark.parametrize(("T", "heads", "wide", "split"), MEASURED)
 def test_the_rule_tells_which_was_faster(T, heads, wide, split):
     N, K = heads
-    assert prefill.is_faster((1, T, N, 128), (1, 32768, K, 128)) == (wide < split)
+    assert wide_is_faster((1, T, N, 128), (1, 32768, K, 128)) == (wide < split)

@@ -1,0 +1,49 @@
+"""Which kernels serve a problem of which size: the crossover points, in one table.
+
+All were measured on an H200 with bfloat16 and head_dim 128. They are rules of the shapes alone: an
+H100 has the same multiprocessors, and who finds other points there changes them here.
+
+B batch, T query tokens, S capacity, N query heads, K KV heads.
+"""
+
+from __future__ import annotations
+
+from jaxdecode.pallas_kernels.split_config import NUM_SMS, num_row_blocks
+
+Shape = tuple[int, ...]
+
+# Up to so many query tokens a call is decoding, which the split kernels are made for.
+_MOST_DECODE_TOKENS = 16
+# Query rows of a block of the wide-query kernel.
+WIDE_ROWS = 128
+# Row blocks that the split kernels go through while each multiprocessor does a block of the
+# wide-query kernel: against 32k tokens 2.5 us for a row block, 415 us for a round of 132 blocks. It
+# tells the faster one for 17 to 256 tokens of 64/8 and of 16/2 heads.
+_ROW_BLOCKS_PER_ROUND = 72
+# cuDNN, which gives every KV head of a sequence a small block of its own and merges nothing, takes
+# 15 to 18 % less time than the split kernels for 256 x 256, 128 x 512 and 64 x 1024 tokens of 16/2
+# heads, and as much for 32 x 2048.
+_CUDNN_LEAST_HEADS = 128
+_CUDNN_MOST_CAPACITY = 1024
+
+
+def wide_is_faster(q_shape: Shape, k_shape: Shape) -> bool:
+    """Whether the wide-query kernel serves this call faster than the split kernels do."""
+    B, T, N, _ = q_shape
+    if T <= _MOST_DECODE_TOKENS:
+        return False
+    heads = wide_heads(q_shape, k_shape)
+    blocks = B * (N // heads) * -(-T * heads // WIDE_ROWS)
+    rounds = -(-blocks // NUM_SMS)
+    return num_row_blocks(q_shape, k_shape) > _ROW_BLOCKS_PER_ROUND * rounds
+
+
+def wide_heads(q_shape: Shape, k_shape: Shape) -> int:
+    """Query heads of a block of the wide-query kernel: two of a KV head that has evenly many."""
+    return 1 if q_shape[2] // k_shape[2] % 2 else 2
+
+
+def cudnn_is_faster(k_shape: Shape) -> bool:
+    """Whether cuDNN serves one query token for each sequence faster than the split kernels do."""
+    B, S, K, _ = k_shape
+    return B * K >= _CUDNN_LEAST_HEADS and S <= _CUDNN_MOST_CAPACITY
