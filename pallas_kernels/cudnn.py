@@ -20,9 +20,8 @@ _MAX_HEAD_DIM = 256
 
 
 def why_not(
-    q: Any, *, window: int | None, softcap: float | None, sinks: Any, out_dtype: Any,
-    return_lse: bool,
-) -> str | None:  # fmt: skip
+    q: Any, window: int | None, softcap: float | None, sinks: Any, out_dtype: Any, return_lse: bool
+) -> str | None:
     """Why cuDNN cannot serve a call with these arguments of `decode_attention`; None if it can."""
     _, T, _, H = q.shape
     if T != 1:

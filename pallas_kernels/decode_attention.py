@@ -110,9 +110,7 @@ def decode_attention(
     """
     scale = checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
     out_dtype = checked_out_dtype(q, out_dtype)
-    not_cudnn = cudnn.why_not(
-        q, window=window, softcap=softcap, sinks=sinks, out_dtype=out_dtype, return_lse=return_lse
-    )
+    not_cudnn = cudnn.why_not(q, window, softcap, sinks, out_dtype, return_lse)
     choice = choose(q, k, num_splits=num_splits, implementation=implementation, not_cudnn=not_cudnn)
     kv_len, q_start = int32_lengths(k, kv_len, q_start)
     lo, hi = visible_ranges(kv_len, q.shape[1], k.shape[1], q_start=q_start, window=window)
@@ -144,9 +142,7 @@ def explain_attention(
     """
     checked_scale(q, k, v, scale, window, softcap, sinks, num_splits)
     out_dtype = checked_out_dtype(q, out_dtype)
-    not_cudnn = cudnn.why_not(
-        q, window=window, softcap=softcap, sinks=sinks, out_dtype=out_dtype, return_lse=return_lse
-    )
+    not_cudnn = cudnn.why_not(q, window, softcap, sinks, out_dtype, return_lse)
     return choose(q, k, num_splits=num_splits, implementation=implementation, not_cudnn=not_cudnn)
 
 
