@@ -27,7 +27,7 @@ import fastertransformer
 import jax
 import jax.numpy as jnp
 from decode_cases import CHARTS, Case, Chart
-from runs import Clock, Recorder, spoken_speed, tiny
+from runs import Clock, CompileAhead, Recorder, spoken_speed, tiny
 from source_hash import ROOT
 from timing import time_of
 
@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="per dispatch that is timed")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--read-methods", nargs="+", choices=METHODS, help="if not all should run")
+    parser.add_argument("--compile-ahead", action="store_true", help=CompileAhead.HELP)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to test this script")
     return parser.parse_args(arguments)
 
@@ -80,21 +81,38 @@ def run_model(
     timer = bench.Bench(
         model, preset, ceiling.bytes_per_second, options.tokens, options.repetitions
     )
-    return sum(run_chart(name, timer, ceiling, options, clock) for name in charts)
+    decoding = [x for name in charts for x in cases(name, options) if x.step_size is None]
+    ahead = CompileAhead(
+        [functools.partial(dispatch_of, timer, case) for case in decoding if options.compile_ahead]
+    )
+    return sum(run_chart(name, timer, ceiling, options, clock, ahead) for name in charts)
+
+
+def cases(name: str, options: argparse.Namespace) -> tuple[Case, ...]:
+    """Of a chart, short with --tiny."""
+    chosen = CHARTS[name].cases
+    return tuple(map(shortened, chosen)) if options.tiny else chosen
+
+
+def dispatch_of(timer: bench.Bench, case: Case) -> bench.Dispatch:
+    """What a case of decoding measures."""
+    return timer.dispatch(case.lengths, case.implementation, capacity=case.capacity)
 
 
 def run_chart(
-    name: str, timer: bench.Bench, ceiling: ReadCeiling, options: argparse.Namespace, clock: Clock
-) -> int:
+    name: str, timer: bench.Bench, ceiling: ReadCeiling, options: argparse.Namespace, clock: Clock,
+    ahead: CompileAhead,
+) -> int:  # fmt: skip
     """Measures the chart's cases; returns how many failed."""
     chart, path = CHARTS[name], options.output / f"decode_{name}.json"
     recorder = Recorder(path, {"chart": name}, ceiling, clock)
-    for case in map(shortened, chart.cases) if options.tiny else chart.cases:
+    for case in cases(name, options):
         if case.step_size is None:
             row = functools.partial(measured, chart, timer, case, recorder.rows)
         else:
             row = functools.partial(measured_prompt, timer, case)
         recorder.measure(case, case.implementation, row, spoken_speed)
+        ahead()
     recorder.close()
     return recorder.failed
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import statistics
@@ -36,7 +37,7 @@ import numpy as np
 import sharded_ops as ops
 from jax.sharding import Mesh
 from kernel_items import itemised, items_of_fusions
-from runs import Clock, Recorder, Row, spoken_speed, tiny
+from runs import Clock, CompileAhead, Recorder, Row, spoken_speed, tiny
 from sharded_cases import (
     PEER,
     XLA,
@@ -97,6 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="per dispatch that is timed")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--read-methods", nargs="+", choices=METHODS, help="if not all should run")
+    parser.add_argument("--compile-ahead", action="store_true", help=CompileAhead.HELP)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to test this script")
     options = parser.parse_args(arguments)
     unknown = [part for part in options.parts if part not in PARTS]
@@ -150,16 +152,26 @@ class Run:
             )
             for part in self._options.parts
         }
-        for part, case in self.jobs():
-            reason = self.obstacle(case)
+        for _, jobs in itertools.groupby(self.jobs(), lambda job: job[1].setup):
+            self._measure_setup(list(jobs), recorders)
+        for recorder in recorders.values():
+            recorder.close()
+        return 1 if any(recorder.failed for recorder in recorders.values()) else 0
+
+    def _measure_setup(self, jobs: list[tuple[str, Case]], recorders: dict[str, Recorder]) -> None:
+        obstacles = [self.obstacle(case) for _, case in jobs]
+        feasible = [case for (_, case), no in zip(jobs, obstacles, strict=True) if no is None]
+        decoding = [case for case in dict.fromkeys(feasible) if isinstance(case, DecodeCase)]
+        ahead = CompileAhead(
+            [functools.partial(self.dispatch, x) for x in decoding if self._options.compile_ahead]
+        )
+        for (part, case), reason in zip(jobs, obstacles, strict=True):
             if reason is not None:
                 recorders[part].leave_out(case, reason)
                 continue
             row = functools.partial(PARTS[part].row, self, case)
             recorders[part].measure(case, case.kind, lambda row=row: [row()], PARTS[part].spoken)
-        for recorder in recorders.values():
-            recorder.close()
-        return 1 if any(recorder.failed for recorder in recorders.values()) else 0
+            ahead()
 
     def jobs(self) -> list[tuple[str, Case]]:
         """(part, case) of everything, put together by models, so that each is made once."""
@@ -242,6 +254,11 @@ class Run:
     def _capacity(self, case: DecodeCase) -> int | None:
         return None if case.room is None else case.room + self._options.tokens
 
+    def dispatch(self, case: DecodeCase) -> bench.Dispatch:
+        """What is timed of the case."""
+        capacity = self._capacity(case)
+        return self.timer(case).dispatch([case.depth], case.implementation, capacity=capacity)
+
     def decode_row(self, case: DecodeCase) -> Row:
         """Tokens per second, beside the bound and the planner's prediction."""
         if case not in self._decoded:
@@ -264,7 +281,7 @@ class Run:
         What a step does once, such as the output projection, is spread over the layers. Kernels are
         the mean over the devices; idle is the time in which no kernel runs, if none overlap."""
         setup, tokens, timer = case.setup, self._options.tokens, self.timer(case)
-        dispatch = timer.dispatch([case.depth], case.implementation, capacity=self._capacity(case))
+        dispatch = self.dispatch(case)
         dispatch()  # compiles
         step = statistics.median(dispatch() for _ in range(self._options.repetitions))
         kernels = cupti_kernels(dispatch)

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxdecode.decode_loop import SplitModel, decode, start_state
+from jaxdecode.decode_loop import DecodeState, SplitModel, decode, start_state
 from jaxdecode.errors import DeviceError, RequestError
 from jaxdecode.generation import MAX_TOKENS_PER_DISPATCH, PREFILL_STEP_SIZE, generate
 from jaxdecode.memory import num_weights
@@ -240,14 +240,15 @@ class Dispatch:
             "num_steps": tokens, "num_logprobs": 0,
             "implementation": implementation, "num_splits": num_splits,
         }  # fmt: skip
-        cache = filled_cache(model, lengths, capacity)
-        remaining = np.full(len(lengths), _WITHOUT_END, np.int32)
-        self._state = jax.block_until_ready(start_state(model, cache, remaining))
+        self._start = functools.partial(_fresh_state, model, lengths, capacity)
+        self._state: Any = None
 
     def __call__(self) -> float:
         """Runs, and returns the seconds that it took; the first call compiles."""
+        if self._state is None:
+            self._state = jax.block_until_ready(self._start())
         start = time.perf_counter()
-        state, _ = decode(*self._operands(), **self._options)
+        state, _ = decode(*self._operands(self._state), **self._options)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
         cache = state.cache.truncate(self._model.sharding.place(self._lengths, "B"))
@@ -255,11 +256,24 @@ class Dispatch:
         return seconds
 
     def hlo(self) -> str:
-        """The program that runs, as XLA compiled it."""
-        return decode.lower(*self._operands(), **self._options).compile().as_text() or ""
+        """The program that runs, as XLA compiled it; after a call."""
+        lowered = decode.lower(*self._operands(self._state), **self._options)
+        return lowered.compile().as_text() or ""
 
-    def _operands(self) -> tuple[Any, ...]:
-        return self._split.static, self._split.leaves, self._state, *self._sampling
+    def lower(self) -> jax.stages.Lowered:
+        """The program that runs, to be compiled before there is a cache: on one device its shapes
+        are enough, on several one is made for its places, and goes again."""
+        on_one = self._model.sharding.mesh is None
+        state = jax.eval_shape(self._start) if on_one else self._start()
+        return decode.lower(*self._operands(state), **self._options)
+
+    def _operands(self, state: Any) -> tuple[Any, ...]:
+        return self._split.static, self._split.leaves, state, *self._sampling
+
+
+def _fresh_state(model: Llama, lengths: Sequence[int], capacity: int) -> DecodeState:
+    remaining = np.full(len(lengths), _WITHOUT_END, np.int32)
+    return start_state(model, filled_cache(model, lengths, capacity), remaining)
 
 
 def choose_attention(

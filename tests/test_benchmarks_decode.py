@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdecode import bench
 from jaxdecode.models.config import PRESETS
@@ -49,6 +51,23 @@ def test_charts_of_one_model(decode, tmp_path, script, capsys):
     assert {"flash_decode", "flash_decode_nosplit"} <= missing
     assert len(rows) + len(results["left_out"]) == len(decode.CHARTS["depth"].cases)
     assert {row["capacity"] for row in files["capacity"]["rows"]} == {256}
+
+
+def test_compiling_ahead_leaves_nothing_to_compile(decode, script, tmp_path, monkeypatch):
+    """One program for each of the two capacities: what is measured is what was compiled."""
+    folder = tmp_path / "compiled"
+    monkeypatch.setattr(script("runs").tempfile, "mkdtemp", lambda: str(folder))
+    jax.clear_caches()  # what is in memory is not written
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        status, files = run(decode, tmp_path, "depth", "--compile-ahead")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        compilation_cache.reset_cache()
+    assert status == 0
+    assert {row["capacity"] for row in files["depth"]["rows"]} == {128, 256}
+    assert len(list(folder.glob("jit_decode-*-cache"))) == 2
 
 
 def test_the_cost_model_stands_beside_each_depth(decode, tmp_path, script):
