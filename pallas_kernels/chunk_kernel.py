@@ -1,10 +1,14 @@
 """What a thread block of Flash-Decoding does with a chunk of the keys, on Pallas Mosaic GPU.
 
-A producer streams K and V tiles through a ring in shared memory (TMA); a consumer computes the
-transposed products S^T = K q^T and O^T = V^T P^T, so that the many keys, not the few queries, fill
-the 64 rows of the tensor cores' instruction. Both products take their operands from shared memory,
-which Mosaic's interpreter needs. O^T has a row for each column of V, so V's tiles are as wide as
-the next multiple of 64: `width`. The letters are those of flash_decode_kernel.py.
+A producer streams K and V tiles through a ring in shared memory (TMA), and consumers attend to
+them. The tensor cores' instruction has 64 rows to fill. Few queries leave them to the keys: the
+consumer computes the transposed products S^T = K q^T and O^T = V^T P^T. Many queries fill them
+themselves: S = q K^T and O = P V keep a query's keys in one warp, which finds their largest by
+itself. One consumer would then still take longer over a tile than memory does, so two take turns
+and merge what they have at the end.
+
+O^T has a row for each column of V, so V's tiles are as wide as the next multiple of 64: `width`.
+The letters are those of flash_decode_kernel.py.
 """
 
 from __future__ import annotations
@@ -16,15 +20,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecode.pallas_kernels.mosaic import LOG2_E, reduce_tree, swizzled, zero_unseen
-from jaxdecode.pallas_kernels.split_config import SplitConfig
-
-# Rows of the left operand that one instruction of the tensor cores takes.
-_TILE = 64
+from jaxdecode.pallas_kernels.mosaic import (
+    LOG2_E,
+    accumulate,
+    meet,
+    reduce_tree,
+    swizzled,
+    zero_unseen,
+)
+from jaxdecode.pallas_kernels.split_config import TILE, SplitConfig
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, and the barriers that say when it is full or free again."""
+    """Shared memory of a block, and the barriers that say when it is full or free again.
+
+    p, the softmax weights, is there only where products are transposed. Two consumers meet at
+    `meeting`, and one hands its sums to the other: acc in `out`, top and total in `handed`."""
 
     q_rows: Any
     q: Any
@@ -37,6 +48,8 @@ class Scratch(NamedTuple):
     k_full: Any
     v_full: Any
     released: Any
+    handed: Any
+    meeting: Any
 
 
 class Chunk(NamedTuple):
@@ -60,26 +73,27 @@ class Slots(NamedTuple):
 
 def allocate(dtype, config: SplitConfig) -> Scratch:
     """What a thread block needs: the types of its scratch memory."""
-    rows, width, block = config.rows, config.width, config.block_kv
+    rows, width, block = config.product_rows, config.width, config.block_kv
     # A product wants both operands, V and P among them, in the same swizzle.
     tiled = tiling, swizzle = swizzled(config.head_dim, dtype.itemsize)
     rows_tiled = plgpu.TilingTransform((1, tiling.tiling[1])), swizzle
     ring = plgpu.SMEM((config.stages, block, width), dtype, transforms=tiled)
     barriers = plgpu.Barrier(num_barriers=config.stages)
+    alone = config.consumers == 1
     return Scratch(
-        q_rows=plgpu.SMEM(
-            (_TILE, width), dtype, transforms=() if _is_plain(config) else rows_tiled
-        ),
-        q=plgpu.SMEM((_TILE, width), dtype, transforms=tiled),
+        q_rows=plgpu.SMEM((TILE, width), dtype, transforms=() if _is_plain(config) else rows_tiled),
+        q=plgpu.SMEM((TILE, width), dtype, transforms=tiled),
         k=ring,
         v=ring,
-        p=plgpu.SMEM((rows, block), dtype, transforms=tiled),
-        out=plgpu.SMEM((rows, width), jnp.float32, transforms=swizzled(width, 4)),
+        p=plgpu.SMEM((rows, block), dtype, transforms=tiled) if config.transposed else None,
+        out=plgpu.SMEM((rows, config.columns), jnp.float32, transforms=swizzled(config.columns, 4)),
         lse=plgpu.SMEM((rows,), jnp.float32),
         q_full=plgpu.Barrier(num_arrivals=config.block_t),
         k_full=barriers,
         v_full=barriers,
         released=barriers,
+        handed=None if alone else plgpu.SMEM((2, rows), jnp.float32),
+        meeting=None if alone else plgpu.Barrier(num_arrivals=config.consumers),
     )
 
 
@@ -152,76 +166,162 @@ def _is_plain(config):
     return config.head_dim in (64, 128, 192)
 
 
-def take_q(scratch: Scratch, config: SplitConfig) -> Any:
-    """Waits for q and lays it out for the products: [width, rows] in shared memory."""
-    plgpu.barrier_wait(scratch.q_full)
-    # Rows past the real ones hold anything: no row touches another's result.
-    q = plgpu.load(scratch.q_rows, layout=plgpu.Layout.WGMMA, optimized=_is_plain(config))
-    scratch.q[...] = q
-    plgpu.commit_smem()
-    return scratch.q.at[pl.ds(0, config.rows)].transpose((1, 0))
+def take_q(consumer, scratch: Scratch, config: SplitConfig) -> Any:
+    """Waits for q and lays it out for the products: [product_rows, width] in shared memory.
+
+    consumer: 0, or in a kernel with two the number of this one. The first does it for both."""
+
+    @pl.when(consumer == 0)
+    def _():
+        plgpu.barrier_wait(scratch.q_full)
+        # Rows past the real ones hold anything: no row touches another's result.
+        q = plgpu.load(scratch.q_rows, layout=plgpu.Layout.WGMMA, optimized=_is_plain(config))
+        scratch.q[...] = q
+        plgpu.commit_smem()
+
+    if config.consumers > 1:
+        meet(scratch.meeting)
+    return scratch.q.at[pl.ds(0, config.product_rows)]
 
 
-def attend_tiles(chunk: Chunk, slots: Slots, q, scratch: Scratch, config: SplitConfig) -> tuple:
-    """Online softmax over the chunk's tiles.
+def attend_tiles(
+    chunk: Chunk, slots: Slots, q, consumer, scratch: Scratch, config: SplitConfig
+) -> tuple:
+    """Online softmax over a consumer's tiles of the chunk.
 
-    Returns (acc [width, rows], top [rows], total [block_kv, rows]): the weighted sum, the largest
-    logit in base 2, and the weights' sums, which are added up over the keys only at the end.
+    Returns (acc [rows, width], top [rows], total [rows]): the weighted sum, the largest logit in
+    base 2, and the weights' sum. Of transposed products acc is [width, rows] and total
+    [block_kv, rows], which is added up over the keys, and so across warps, only at the end.
     """
-    layout, block, (width, rows) = plgpu.Layout.WGMMA, config.block_kv, q.shape
+    block = config.block_kv
     seen_by_all = reduce_tree(jnp.maximum, slots.los), reduce_tree(jnp.minimum, slots.his)
     seen_by_any = reduce_tree(jnp.minimum, slots.los), reduce_tree(jnp.maximum, slots.his)
+    first, last = _share(chunk, consumer, config)
 
     def mask(logits, start):
         return jnp.where(_visible(start, slots, logits.shape, config), logits, -jnp.inf)
 
     def tile(step, carry):
         acc, top, total = carry
-        i = chunk.begin + step
+        i = (first + step) * config.consumers + consumer
         slot = lax.rem(i, jnp.int32(config.stages))
         start = (chunk.base + i) * block
+        k, v = scratch.k.at[slot], scratch.v.at[slot]
         plgpu.barrier_wait(scratch.k_full.at[slot])
-        logits = _cap(_product(scratch.k.at[slot], q, (block, rows)), config)
+        logits = _cap(_product(*((k, q) if config.transposed else (q, k))), config)
         inside = (start >= seen_by_all[0]) & (start + block <= seen_by_all[1])
         logits = lax.cond(inside, lambda x: x, lambda x: mask(x, start), logits)
-        new_top = jnp.maximum(top, logits.max(axis=0))
+        new_top = jnp.maximum(top, logits.max(axis=_keys_axis(config)))
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         rescale = jnp.exp2(top - shift)
-        p = jnp.exp2(logits - _across(shift, block))
-        scratch.p.transpose((1, 0))[...] = p.astype(scratch.p.dtype)
+        p = jnp.exp2(logits - _across(shift, block, config))
+        if config.transposed:
+            scratch.p.transpose((1, 0))[...] = p.astype(v.dtype)
         plgpu.barrier_wait(scratch.v_full.at[slot])
 
         @pl.when((start < seen_by_any[0]) | (start + block > seen_by_any[1]))
         def _():
-            zero_unseen(scratch.v.at[slot], start, *seen_by_any)
+            zero_unseen(v, start, *seen_by_any)
+            if not config.transposed:
+                plgpu.commit_smem()
 
-        plgpu.commit_smem()
-        update = _product(
-            scratch.v.at[slot].transpose((1, 0)), scratch.p.transpose((1, 0)), (width, rows)
-        )
+        if config.transposed:
+            plgpu.commit_smem()
+            update = _product(v.transpose((1, 0)), scratch.p)
+            plgpu.barrier_arrive(scratch.released.at[slot])
+            acc = acc * _across(rescale, config.width, config) + update
+            return acc, new_top, total * _across(rescale, block, config) + p
+        acc = acc * _across(rescale, config.width, config)
+        acc = accumulate(acc, p.astype(v.dtype), v)
         plgpu.barrier_arrive(scratch.released.at[slot])
-        return acc * _across(rescale, width) + update, new_top, total * _across(rescale, block) + p
+        return acc, new_top, total * rescale + p.sum(axis=1)
 
-    def zeros(size):
-        return plgpu.layout_cast(jnp.zeros((size, rows), jnp.float32), layout)
-
-    lowest = plgpu.layout_cast(jnp.full((rows,), -jnp.inf, jnp.float32), layout.reduce(0))
-    sums = zeros(width), lowest, zeros(block)
-    return lax.fori_loop(0, chunk.end - chunk.begin, tile, sums)
+    return lax.fori_loop(0, last - first, tile, _no_sums(config))
 
 
-def store_result(sums, out_ref, lse_ref, scratch: Scratch, config: SplitConfig) -> None:
-    """Normalises the chunk's sums and starts to store them, with their log-sum-exp."""
+def _no_sums(config):
+    """What `attend_tiles` returns for no tiles."""
+    layout, rows = plgpu.Layout.WGMMA, config.product_rows
+    per_row = layout.reduce(_keys_axis(config))
+
+    def filled(value, shape, layout):
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    acc = filled(0.0, _shape(rows, config.width, config), layout)
+    top = filled(-jnp.inf, (rows,), per_row)
+    if config.transposed:
+        return acc, top, filled(0.0, _shape(rows, config.block_kv, config), layout)
+    return acc, top, filled(0.0, (rows,), per_row)
+
+
+def _share(chunk, consumer, config):
+    """first <= n < last of the tiles n * consumers + consumer, which are a consumer's.
+
+    So each slot of the ring always has the same consumer, as `stages` is a multiple of them."""
+    if config.consumers == 1:
+        return chunk.begin, chunk.end
+    count = jnp.int32(config.consumers)
+    return tuple(lax.div(x + (count - 1) - consumer, count) for x in (chunk.begin, chunk.end))
+
+
+def store_result(sums, out_ref, lse_ref, consumer, scratch: Scratch, config: SplitConfig) -> None:
+    """Normalises the chunk's sums and starts to store them, with their log-sum-exp.
+
+    No store before this one may still read `scratch.out`."""
+    if config.consumers == 1:
+        _store(sums, out_ref, lse_ref, scratch, config)
+        return
+    meet(scratch.meeting)
+    pl.when(consumer == 1)(lambda: _hand_over(sums, scratch))
+    meet(scratch.meeting)
+    pl.when(consumer == 0)(
+        lambda: _store(_merged(sums, scratch, config), out_ref, lse_ref, scratch, config)
+    )
+
+
+def _hand_over(sums, scratch):
+    """Leaves a consumer's sums in shared memory."""
+    scratch.out[...], scratch.handed[0], scratch.handed[1] = sums
+    plgpu.commit_smem()
+
+
+def _merged(sums, scratch, config):
+    """A consumer's sums and those that were handed over, as one's."""
     acc, top, total = sums
-    total = total.sum(axis=0)
+    row = plgpu.Layout.WGMMA.reduce(1)
+    other = plgpu.load(scratch.out, layout=plgpu.Layout.WGMMA)
+    other_top, other_total = (
+        plgpu.load(scratch.handed.at[x], layout=row, optimized=False) for x in range(2)
+    )
+    new_top = jnp.maximum(top, other_top)
+    shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+    weight, other_weight = jnp.exp2(top - shift), jnp.exp2(other_top - shift)
+    acc = acc * _across(weight, config.width, config)
+    acc = acc + other * _across(other_weight, config.width, config)
+    return acc, new_top, total * weight + other_total * other_weight
+
+
+def _store(sums, out_ref, lse_ref, scratch, config):
+    acc, top, total = sums
+    if config.transposed:
+        total = total.sum(axis=0)
     empty = total == 0.0
     divisor = jnp.where(empty, 1.0, total)
-    out = acc * _across(1.0 / divisor, config.width)
-    scratch.out.transpose((1, 0))[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+    out = acc * _across(1.0 / divisor, config.width, config)
     scratch.lse[...] = jnp.where(empty, -jnp.inf, top + jnp.log2(divisor))
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(scratch.out, out_ref.at[:, pl.ds(0, config.width)])
-    plgpu.copy_smem_to_gmem(scratch.lse, lse_ref)
+    rows = pl.ds(0, config.rows)
+    for column in range(0, config.width, config.columns):
+        if column > 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if config.transposed:
+            out = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+            scratch.out.transpose((1, 0))[...] = out
+        else:
+            scratch.out[...] = out[:, column : column + config.columns]
+        plgpu.commit_smem()
+        part = out_ref.at[:, pl.ds(column, config.columns)]
+        plgpu.copy_smem_to_gmem(scratch.out.at[rows], part)
+    plgpu.copy_smem_to_gmem(scratch.lse.at[rows], lse_ref)
 
 
 def _cap(logits, config):
@@ -232,29 +332,38 @@ def _cap(logits, config):
 
 
 def _visible(start, slots, shape, config):
-    """Which of a tile's slots each row sees: [block_kv, rows]."""
-    layout = plgpu.Layout.WGMMA
-    slot = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + start
+    """Which of a tile's slots each row sees, in the shape of the logits."""
+    keys_axis, layout = _keys_axis(config), plgpu.Layout.WGMMA
+    slot = plgpu.broadcasted_iota(jnp.int32, shape, keys_axis, layout=layout) + start
     visible = (slot >= slots.los[0]) & (slot < slots.his[0])
     if config.block_t == 1:
         return visible
-    row = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 1 - keys_axis, layout=layout)
     for t in range(1, config.block_t):
         seen = (slot >= slots.los[t]) & (slot < slots.his[t])
         visible = jnp.where(row >= t * config.block_g, seen, visible)
     return visible
 
 
-def _product(a, b, shape):
-    """a times b, both in shared memory, as a float32 array [M, N] in registers."""
+def _product(a, b):
+    """a b^T, both in shared memory, as a float32 array in registers: a [M, k], b [N, k]."""
 
     def multiply(acc):
-        plgpu.wgmma(acc, a, b)
+        plgpu.wgmma(acc, a, b.transpose((1, 0)))
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def _across(x, size):
-    """x [rows] as [size, rows]."""
-    return lax.broadcast_in_dim(x, (size, *x.shape), (1,))
+def _keys_axis(config):
+    return 0 if config.transposed else 1
+
+
+def _shape(rows, size, config):
+    return (size, rows) if config.transposed else (rows, size)
+
+
+def _across(x, size, config):
+    """x [rows] across `size` keys or columns."""
+    shape = _shape(x.shape[0], size, config)
+    return lax.broadcast_in_dim(x, shape, (1 - _keys_axis(config),))

@@ -34,6 +34,9 @@ from jaxdecode.pallas_kernels.mosaic import THREADS, reduce_tree
 from jaxdecode.pallas_kernels.split_config import SplitConfig
 from jaxdecode.pallas_kernels.split_plan import SplitPlan
 
+# Of each thread where three warpgroups share 504.
+_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40
+
 
 def split_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, lo: jax.Array, hi: jax.Array, config: SplitConfig
@@ -54,7 +57,7 @@ def split_attention(
         out_type=_partials((B, K, config.row_blocks, config.num_splits), config),
         grid=(config.num_splits, config.row_blocks, K, B),
         grid_names=("split", "row_block", "kv_head", "batch"),
-        num_threads=2,
+        num_threads=config.consumers + 1,
         thread_name="thread",
         scratch_types=allocate(q.dtype, config),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -76,7 +79,7 @@ def planned_attention(
         out_type=_partials(plan.chunks.shape[:1], config),
         grid=plan.blocks.shape[:1],
         grid_names=("block",),
-        num_threads=2,
+        num_threads=config.consumers + 1,
         thread_name="thread",
         scratch_types=[*allocate(q.dtype, config), plgpu.Barrier()],
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -100,15 +103,15 @@ def _split_kernel(q_ref, k_ref, v_ref, lo_ref, hi_ref, out_ref, lse_ref, *scratc
     first, last = _tiles_of_chunk(slots, c, config)
     chunk = Chunk(b, h, row_block, first, 0, last - first)
 
-    @pl.when(lax.axis_index("thread") == 0)
-    def _consume():
-        q = take_q(scratch, config)
-        sums = attend_tiles(chunk, slots, q, scratch, config)
+    @_consumers(config)
+    def _consume(consumer):
+        q = take_q(consumer, scratch, config)
+        sums = attend_tiles(chunk, slots, q, consumer, scratch, config)
         place = (b, h, row_block, c)
-        store_result(sums, out_ref.at[place], lse_ref.at[place], scratch, config)
+        store_result(sums, out_ref.at[place], lse_ref.at[place], consumer, scratch, config)
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(lax.axis_index("thread") == 1)
+    @_producer(config)
     def _produce():
         load_q(q_ref, k_ref, chunk, scratch, config)
         load_tiles(k_ref, v_ref, chunk, scratch, config)
@@ -139,22 +142,22 @@ def _planned_kernel(
 
         lax.fori_loop(0, count, step, tuple(first_chunk))
 
-    @pl.when(lax.axis_index("thread") == 0)
-    def _consume():
+    @_consumers(config)
+    def _consume(consumer):
         def attend(i, chunk):
             slots = visible_slots(lo_ref, hi_ref, chunk.b, chunk.row_block, config)
-            q = take_q(scratch, config)
-            plgpu.barrier_arrive(q_taken)
-            sums = attend_tiles(chunk, slots, q, scratch, config)
+            q = take_q(consumer, scratch, config)
+            pl.when(consumer == 0)(lambda: plgpu.barrier_arrive(q_taken))
+            sums = attend_tiles(chunk, slots, q, consumer, scratch, config)
             # The result before this one has left shared memory.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             place = first + i
-            store_result(sums, out_ref.at[place], lse_ref.at[place], scratch, config)
+            store_result(sums, out_ref.at[place], lse_ref.at[place], consumer, scratch, config)
 
         for_each_chunk(attend)
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(lax.axis_index("thread") == 1)
+    @_producer(config)
     def _produce():
         def load(i, chunk):
             @pl.when(i > 0)
@@ -170,6 +173,34 @@ def _planned_kernel(
         @pl.when(count > 0)
         def _():
             plgpu.barrier_wait(q_taken)
+
+
+def _consumers(config):
+    """Runs a function of the consumer's number in the warpgroups that compute."""
+
+    def run(consume):
+        thread = lax.axis_index("thread")
+
+        @pl.when(thread < config.consumers)
+        def _():
+            if config.consumers > 1:
+                plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+            consume(thread if config.consumers > 1 else 0)
+
+    return run
+
+
+def _producer(config):
+    """Runs a function in the warpgroup that loads."""
+
+    def run(produce):
+        @pl.when(lax.axis_index("thread") == config.consumers)
+        def _():
+            if config.consumers > 1:
+                plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+            produce()
+
+    return run
 
 
 def _tiles_of_chunk(slots, c, config):

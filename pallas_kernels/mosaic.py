@@ -32,6 +32,19 @@ def swizzled(columns: int, itemsize: int) -> tuple:
     )
 
 
+def accumulate(acc, p, v_tile) -> Any:
+    """acc [64, H] plus p [64, block_kv], both in registers, times v_tile [block_kv, H].
+
+    Mosaic's interpreter lacks this product: tests put another in its place."""
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_tile))(plgpu.ACC.init(acc))
+
+
+def meet(barrier) -> None:
+    """Waits until all warpgroups that a barrier expects are here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def zero_unseen(v_tile, start, lo, hi) -> None:
     """Zeroes the slots of a V tile that no query sees: their weight is zero, but 0 * NaN is NaN.
 

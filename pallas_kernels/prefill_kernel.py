@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecode.pallas_kernels.mosaic import LOG2_E, swizzled, zero_unseen
+from jaxdecode.pallas_kernels.mosaic import LOG2_E, accumulate, meet, swizzled, zero_unseen
 
 # Query rows of a warpgroup: what an instruction of the tensor cores takes.
 ROWS = 64
@@ -197,7 +197,7 @@ def _attend_tiles(first, tiles, q, ring, turn, visible, sink, config):
     # The second starts when the first has multiplied: from there on each waits for the other.
     @pl.when(warpgroup == 1)
     def _():
-        _meet(turn)
+        meet(turn)
 
     def tile(i, carry):
         acc, top, total = carry
@@ -214,8 +214,8 @@ def _attend_tiles(first, tiles, q, ring, turn, visible, sink, config):
         _clean(ring, slot, start, visible.by_any)
         # All arithmetic stays before the turn, where it costs the tensor cores nothing.
         acc, total, p = lax.optimization_barrier((acc, total, p))
-        _meet(turn)
-        acc = _accumulate(acc, p, ring.v.at[slot])
+        meet(turn)
+        acc = accumulate(acc, p, ring.v.at[slot])
         plgpu.barrier_arrive(ring.v_released.at[slot])
         return acc, top, total
 
@@ -225,7 +225,7 @@ def _attend_tiles(first, tiles, q, ring, turn, visible, sink, config):
 
     @pl.when(warpgroup == 0)
     def _():
-        _meet(turn)
+        meet(turn)
 
     acc, top, total = carry
     empty = total == 0.0
@@ -240,7 +240,7 @@ def _logits(q, k_tile, turn, start, visible, config):
 
     def multiply(acc):
         plgpu.wgmma(acc, q, k_tile.transpose((1, 0)))
-        _meet(turn)
+        meet(turn)
         return acc[...]
 
     def mask(logits):
@@ -290,17 +290,6 @@ def _clean(ring, slot, start, seen):
         @pl.when(lax.axis_index("warpgroup") == 1)
         def _():
             plgpu.barrier_wait(ring.v_cleaned)
-
-
-def _accumulate(acc, p, v_tile):
-    """acc [64, H] plus p [64, block_kv], in registers, times v_tile [block_kv, H]."""
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_tile))(plgpu.ACC.init(acc))
-
-
-def _meet(barrier):
-    """Waits until both warpgroups are here."""
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
 
 
 def _store(out, staging, target):

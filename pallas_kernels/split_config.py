@@ -14,8 +14,12 @@ NUM_SMS = 132
 SHARED_BYTES = 227 * 1024
 # Of it, for the ring of K and V tiles: with less in flight the memory's latency shows.
 _RING_BYTES = 128 * 1024
-# The accumulator and the product that is added to it stay in registers.
-_RESULT_ELEMENTS = 64 * 128
+# Rows of the left operand that one instruction of the tensor cores takes.
+TILE = 64
+# Up to so many query rows the keys fill them instead.
+_MOST_TRANSPOSED_ROWS = 16
+# Of thread blocks whose query rows fill them, where the ring has two slots for each.
+_CONSUMERS = 2
 _ITEM_BYTES = 2
 
 
@@ -27,8 +31,10 @@ class SplitConfig:
       num_splits: C, chunks per sequence and KV head; None where a plan says how many.
       head_dim: H.
       block_kv: keys per tile, a multiple of 64.
-      stages: K/V tiles in flight.
-      block_t, block_g: query tokens and heads of a row block; block_t * block_g <= 64.
+      stages: K/V tiles in flight, a multiple of consumers.
+      consumers: warpgroups that compute; one more loads. Two only where not transposed.
+      transposed: whether the keys, not the query rows, are the rows of the products.
+      block_t, block_g: query tokens and heads of a row block; block_t * block_g <= TILE.
       row_blocks_t, row_blocks_g: how many row blocks cover T tokens and G heads.
       scale: of the logits. softcap: None for none.
     """
@@ -37,6 +43,8 @@ class SplitConfig:
     head_dim: int
     block_kv: int
     stages: int
+    consumers: int
+    transposed: bool
     block_t: int
     block_g: int
     row_blocks_t: int
@@ -48,6 +56,16 @@ class SplitConfig:
     def rows(self) -> int:
         """Rows of a row block, padded to what the tensor cores take."""
         return _round_up(self.block_t * self.block_g, 8)
+
+    @property
+    def product_rows(self) -> int:
+        """Query rows of the products: with those that only fill the instruction."""
+        return self.rows if self.transposed else TILE
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result that are stored together: all where shared memory has room."""
+        return self.width if self.transposed or self.width <= 192 else 64
 
     @property
     def row_blocks(self) -> int:
@@ -63,12 +81,12 @@ class SplitConfig:
         """An upper bound of the shared memory of one block of the split kernel."""
         arrays = (
             2 * self.stages * self.block_kv * self.width * _ITEM_BYTES,  # K and V
-            2 * 64 * self.width * _ITEM_BYTES,  # q as loaded, q as multiplied
-            self.rows * self.block_kv * _ITEM_BYTES,  # softmax weights
-            self.rows * self.width * 4,  # result
-            self.rows * 4,  # its log-sum-exp
+            2 * TILE * self.width * _ITEM_BYTES,  # q as loaded, q as multiplied
+            self.rows * self.block_kv * _ITEM_BYTES if self.transposed else 0,  # softmax weights
+            self.product_rows * self.columns * 4,  # result
+            3 * self.product_rows * 4,  # its log-sum-exp, and what is handed over beside it
             128 * 4 * 4,  # Mosaic's own, for sums across warps
-            8 * (3 * self.stages + 1),  # barriers
+            8 * (3 * self.stages + 2),  # barriers
         )
         return sum(_round_up(size, 1024) for size in arrays)
 
@@ -79,14 +97,17 @@ def split_config(
     """The sizes of the kernels for these shapes: the tuning table."""
     block_t, block_g, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)
     S, H = k_shape[1], k_shape[3]
+    transposed = block_t * block_g <= _MOST_TRANSPOSED_ROWS
+    narrow = _width(H) <= 128
     # Few narrow rows leave registers and shared memory for tall tiles.
-    tall = S >= 128 and block_t * block_g <= 16 and _width(H) <= 128
-    block_kv = 128 if tall else 64
+    block_kv = 128 if S >= 128 and transposed and narrow else 64
     return SplitConfig(
         num_splits=num_splits,
         head_dim=H,
         block_kv=block_kv,
-        stages=min(6, _RING_BYTES // (2 * block_kv * _width(H) * _ITEM_BYTES)),
+        stages=_RING_BYTES // (2 * block_kv * _width(H) * _ITEM_BYTES),
+        consumers=1 if transposed or not narrow else _CONSUMERS,
+        transposed=transposed,
         block_t=block_t,
         block_g=block_g,
         row_blocks_t=row_blocks_t,
@@ -119,20 +140,11 @@ def num_row_blocks(q_shape: Shape, k_shape: Shape) -> int:
 
 def _row_blocks(q_shape: Shape, k_shape: Shape) -> tuple[int, int, int, int]:
     """block_t, block_g and how many of each: as many tokens as fit beside the heads of a group."""
-    _, T, N, H = q_shape
+    _, T, N, _ = q_shape
     G = N // k_shape[2]
-    limit = _most_rows(_width(H))
-    block_g = min(G, limit)
-    block_t = min(T, limit // block_g)
+    block_g = min(G, TILE)
+    block_t = min(T, TILE // block_g)
     return block_t, block_g, -(-T // block_t), -(-G // block_g)
-
-
-def _most_rows(width: int) -> int:
-    """Rows of a block that registers and shared memory leave room for: 64 up to 128 columns."""
-    staged_q = 2 * 64 * width * _ITEM_BYTES
-    left = SHARED_BYTES - _RING_BYTES - staged_q - 4 * 1024
-    shared = left // (4 * width + 64 * _ITEM_BYTES)
-    return min(64, _RESULT_ELEMENTS // width // 8 * 8, shared // 8 * 8)
 
 
 def _width(head_dim: int) -> int:

@@ -24,6 +24,13 @@ def interpreted():
         interpreter_state.reset_gpu_interpret_mode_state()
 
 
+def accumulate(acc, p, v_tile):
+    """What `mosaic.accumulate` computes, by means that the interpreter has."""
+    values = v_tile[...]
+    plgpu.commit_smem()  # a load, unlike that product, is not in order with TMA by itself
+    return acc + jnp.dot(p, values, preferred_element_type=jnp.float32)
+
+
 def inputs(B, T, S, N, K, H, dtype=jnp.bfloat16, kv_len=None):
     """q, k, v and lengths, if not given full, empty and in between; NaN where no slot is filled."""
     rng = np.random.default_rng(0)

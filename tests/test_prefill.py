@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
-from kernel_runs import input_shapes, inputs, interpreted, lowered_for_cuda
+from kernel_runs import accumulate, input_shapes, inputs, interpreted, lowered_for_cuda
 from reference import assert_close, low_precision_attention, reference_attention
 
 from jaxdecode.pallas_kernels import (
@@ -49,17 +48,10 @@ CASES = {
 }  # fmt: skip
 
 
-def accumulate(acc, p, v_tile):
-    """What `prefill_kernel._accumulate` computes."""
-    values = v_tile[...]
-    plgpu.commit_smem()  # a load, unlike that product, is not in order with TMA by itself
-    return acc + jnp.dot(p, values, preferred_element_type=jnp.float32)
-
-
 @pytest.fixture
 def interpreter(monkeypatch, interpreter):
     """Mosaic's interpreter, which lacks the product with an operand in registers."""
-    monkeypatch.setattr(prefill_kernel, "_accumulate", accumulate)
+    monkeypatch.setattr(prefill_kernel, "accumulate", accumulate)
 
 
 def attend(q, k, v, kv_len, *, q_start=None, window=None, **options):
@@ -102,7 +94,7 @@ def test_the_check_notices_a_lost_slot(interpreter):
 
 def test_tiles_that_no_query_sees_are_skipped(monkeypatch):
     """With equal logits and a sink, whose weight is 1, `acc` counts the tiles."""
-    monkeypatch.setattr(prefill_kernel, "_accumulate", lambda acc, p, v_tile: acc + 1.0)
+    monkeypatch.setattr(prefill_kernel, "accumulate", lambda acc, p, v_tile: acc + 1.0)
     q, k, v, _ = inputs(1, 56, 1024, 2, 1, 64, kv_len=[1024])
     for q_start, tiles in [(0, 1), (300, 3), (711, 2), (1000, 2), (2000, 0)]:
         with interpreted():
@@ -117,7 +109,7 @@ def test_a_race_would_be_noticed(monkeypatch):
     def hasty(acc, p, v_tile):
         return acc + jnp.dot(p, v_tile[...], preferred_element_type=jnp.float32)
 
-    monkeypatch.setattr(prefill_kernel, "_accumulate", hasty)
+    monkeypatch.setattr(prefill_kernel, "accumulate", hasty)
     with pytest.raises(Exception, match="RACE DETECTED"), interpreted():
         attend(*inputs(1, 32, 1024, 2, 1, 64))
 
