@@ -198,8 +198,14 @@ def attend_tiles(
     seen_by_any = reduce_tree(jnp.minimum, slots.los), reduce_tree(jnp.maximum, slots.his)
     first, last = _share(chunk, consumer, config)
 
+    lo, hi = (_of_rows(x, config) for x in slots)
+
     def mask(logits, start):
-        return jnp.where(_visible(start, slots, logits.shape, config), logits, -jnp.inf)
+        slot = plgpu.broadcasted_iota(
+            jnp.int32, logits.shape, _keys_axis(config), layout=plgpu.Layout.WGMMA
+        )
+        slot = slot + start
+        return jnp.where((slot >= lo) & (slot < hi), logits, -jnp.inf)
 
     def tile(step, carry):
         acc, top, total = carry
@@ -331,18 +337,16 @@ def _cap(logits, config):
     return jnp.tanh(logits * (config.scale / config.softcap)) * (config.softcap * LOG2_E)
 
 
-def _visible(start, slots, shape, config):
-    """Which of a tile's slots each row sees, in the shape of the logits."""
-    keys_axis, layout = _keys_axis(config), plgpu.Layout.WGMMA
-    slot = plgpu.broadcasted_iota(jnp.int32, shape, keys_axis, layout=layout) + start
-    visible = (slot >= slots.los[0]) & (slot < slots.his[0])
-    if config.block_t == 1:
-        return visible
-    row = plgpu.broadcasted_iota(jnp.int32, shape, 1 - keys_axis, layout=layout)
-    for t in range(1, config.block_t):
-        seen = (slot >= slots.los[t]) & (slot < slots.his[t])
-        visible = jnp.where(row >= t * config.block_g, seen, visible)
-    return visible
+def _of_rows(values, config):
+    """The values of each row's token, across the keys. If all rows are one token's, just that."""
+    of_rows, *others = values
+    if not others:
+        return of_rows
+    layout = plgpu.Layout.WGMMA.reduce(_keys_axis(config))
+    row = plgpu.broadcasted_iota(jnp.int32, (config.product_rows,), 0, layout=layout)
+    for t, value in enumerate(others, 1):
+        of_rows = jnp.where(row >= t * config.block_g, value, of_rows)
+    return _across(of_rows, config.block_kv, config)
 
 
 def _product(a, b):

@@ -65,7 +65,7 @@ class SplitConfig:
     @property
     def columns(self) -> int:
         """Columns of the result that are stored together: all where shared memory has room."""
-        return self.width if self.transposed or self.width <= 192 else 64
+        return self.width if self.transposed or self.width <= 128 else 64
 
     @property
     def row_blocks(self) -> int:

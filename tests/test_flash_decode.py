@@ -28,7 +28,8 @@ from jaxdecode.pallas_kernels.combine_kernel import combine_planned
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
 
-# (B, T, S, N, K, options): every grouping, row blocks over tokens and heads, and each option.
+# (B, T, S, N, K, options): every grouping, row blocks over tokens and heads, and each option; few
+# rows and, from "24 rows" on, so many that two warpgroups share the tiles.
 CASES = {
     "grouped": (1, 1, 256, 8, 2, {}),
     "multi-head": (1, 1, 128, 2, 2, {"scale": 0.2}),
@@ -37,6 +38,11 @@ CASES = {
     "row blocks of tokens": (1, 9, 128, 16, 2, {}),
     "row blocks of heads": (1, 2, 128, 72, 1, {}),
     "sinks": (2, 2, 256, 4, 2, {"sinks": True, "softcap": 30.0, "window": 200}),
+    "24 rows": (1, 3, 320, 16, 2, {"window": 70}),
+    "27 rows": (1, 3, 256, 9, 1, {"sinks": True, "softcap": 30.0, "window": 200}),
+    "32 rows": (1, 4, 192, 8, 1, {"softcap": 5.0}),
+    "40 rows": (1, 1, 128, 40, 1, {"sinks": True}),
+    "64 rows": (1, 1, 256, 64, 1, {}),
 }
 
 
@@ -70,7 +76,10 @@ def few_blocks(monkeypatch):
     monkeypatch.setattr(flash_decode, "NUM_SMS", 3)
 
 
-@pytest.mark.parametrize(("name", "num_splits"), [("grouped", 1), *((name, 3) for name in CASES)])
+@pytest.mark.parametrize(
+    ("name", "num_splits"),
+    [("grouped", 1), ("64 rows", 1), *((name, 3) for name in CASES)],
+)
 def test_interpreted_against_the_reference(interpreter, name, num_splits):
     *shape, options = CASES[name]
     check(shape, options, num_splits)
@@ -84,9 +93,15 @@ def test_interpreted_against_the_reference(interpreter, name, num_splits):
         ((2, 2, 128, 40, 1), 128, {"scale": 0.2}),
         ((3, 1, 128, 3, 1), 80, {"sinks": True}),
         ((2, 2, 192, 2, 1), 256, {}),
+        ((3, 1, 448, 64, 1), 128, {}),
+        ((3, 3, 192, 9, 1), 80, {"sinks": True, "softcap": 30.0, "window": 100}),
+        ((3, 4, 128, 8, 1), 256, {"window": 100}),
     ],
-    ids=["long", "options", "row blocks", "head_dim 80", "head_dim 256"],
-)
+    ids=[
+        "long", "options", "row blocks", "head_dim 80", "head_dim 256",
+        "64 rows", "27 rows", "32 rows",
+    ],
+)  # fmt: skip
 def test_interpreted_by_plan(interpreter, few_blocks, shape, H, options):
     check(shape, options, None, H=H)
 
@@ -195,9 +210,12 @@ def test_lowers_for_cuda(shape, dtype):
 @pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
 @pytest.mark.parametrize(
     "shape",
-    [(2, 1, 512, 16, 2), (1, 3, 512, 9, 3), (2, 5, 1024, 28, 4), (1, 16, 512, 71, 1)],
+    [
+        (2, 1, 512, 16, 2), (1, 3, 512, 9, 3), (2, 5, 1024, 28, 4), (1, 16, 512, 71, 1),
+        (1, 1, 64, 64, 1), (2, 3, 512, 18, 2), (1, 64, 512, 1, 1),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_every_head_dim_lowers_for_cuda(shape, H):
     assert kernels_lowered(*shape, H) == 2
 
@@ -207,7 +225,8 @@ def test_shared_memory_is_enough(H):
     for T, G, S in itertools.product(range(1, 17), range(1, 73), (64, 128)):
         config = split_config((1, T, G, H), (1, S, 1, H), 1, 0.1, None)
         assert config.shared_bytes <= 227 * 1024
-        assert config.stages >= 2
+        assert config.stages >= 2 * config.consumers
+        assert config.stages % config.consumers == 0
         assert config.block_t * config.row_blocks_t >= T
         assert config.block_g * config.row_blocks_g >= G
 
