@@ -37,6 +37,43 @@ def differentiable(
     return out, lse
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def with_plain_gradient(
+    kernel: Callable[..., tuple[Array, ...]], plain: Callable[..., tuple[Array, ...]],
+    operands: tuple[Array, ...],
+) -> tuple[Array, ...]:  # fmt: skip
+    """A kernel's results; their gradient, and what vmap makes of them, are those of a formula.
+
+    Args:
+      kernel, plain: compute the same from the operands.
+      operands: inside shard_map, varying over the same axes.
+    """
+    one = jax.custom_batching.custom_vmap(lambda *operands: tuple(kernel(*operands)))
+
+    @one.def_vmap
+    def many(size: int, mapped: tuple[bool, ...], *operands: Array) -> tuple[Any, Any]:
+        results = jax.vmap(plain, [0 if flag else None for flag in mapped], 0, axis_size=size)(
+            *operands
+        )
+        return results, tuple(True for _ in results)
+
+    results = one(*operands)
+    # Inside shard_map a kernel's results would count as equal on all devices.
+    return vary_alike(*results, *operands)[: len(results)]
+
+
+def _save_operands(kernel, plain, operands):
+    return with_plain_gradient(kernel, plain, operands), operands
+
+
+def _pull_back(kernel, plain, operands, cotangents):
+    _, pull = jax.vjp(plain, *operands)
+    return (pull(cotangents),)
+
+
+with_plain_gradient.defvjp(_save_operands, _pull_back)
+
+
 def _folding(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
     """attend(q, k, v, lo, hi, sinks), of which vmap makes one call of a larger batch; or a loop of
     calls where one cache or several sinks are for all."""

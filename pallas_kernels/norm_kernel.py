@@ -1,0 +1,107 @@
+"""Residual and norm of a few rows on Pallas Mosaic GPU, one launch for both.
+
+Such a kernel is all latency. The thread blocks of a row share what is written, but each of them
+reads and squares all of the row: that costs less than to wait for one another's sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxdecode.pallas_kernels.mosaic import THREADS
+
+# A thread's widest load.
+_VECTOR_BYTES = 16
+
+
+def add_and_norm(
+    x: jax.Array, delta: jax.Array, scale: jax.Array, *, eps: float, parts: int
+) -> tuple[jax.Array, jax.Array]:
+    """`norm.add_and_norm` of rows.
+
+    Args:
+      x, delta: [rows, D] of one dtype, D a multiple of 8 and at least 128. scale: [D].
+      eps: added to the mean square.
+      parts: thread blocks of a row; more than one divide D into multiples of 128. The results have
+        the same bits whatever their number.
+
+    Returns:
+      (x + delta, its norm), both [rows, D].
+    """
+    out_type = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total, normed = plgpu.kernel(
+        functools.partial(_norm_kernel, eps=eps, parts=parts),
+        out_type=[out_type, out_type],
+        grid=(x.shape[0], parts),
+        grid_names=("row", "part"),
+        kernel_name="add_and_norm",
+    )(x, delta, scale)
+    return total, normed
+
+
+def _norm_kernel(x_ref, delta_ref, scale_ref, total_ref, normed_ref, *, eps: float, parts: int):
+    """One block's part of a row. All loads are independent of each other and come before the first
+    store, which none may pass: they cost one trip to memory."""
+    row, D, dtype = lax.axis_index("row"), x_ref.shape[1], x_ref.dtype
+    width = D // parts
+    first = lax.axis_index("part") * width
+    whole = [
+        (_load_sum(x_ref, delta_ref, row, start, size), fresh) for start, size, fresh in _pieces(D)
+    ]
+    places = [(first + start, size) for start, size, _ in _pieces(width)]
+    own = [
+        (_load_sum(x_ref, delta_ref, row, start, size), _load(scale_ref, (), start, size))
+        for start, size in places
+    ]
+    factor = lax.rsqrt(_sum_of_squares(whole) / D + eps)
+    for (start, size), (x, scale) in zip(places, own, strict=True):
+        normal = (x.astype(jnp.float32) * factor).astype(dtype)
+        scaled = normal.astype(jnp.float32) * scale.astype(jnp.float32)
+        total_ref[row, pl.ds(start, size)] = x
+        normed_ref[row, pl.ds(start, size)] = scaled.astype(dtype)
+
+
+def _sum_of_squares(pieces: list[tuple[jax.Array, int]]) -> jax.Array:
+    """Of the elements of each piece from `fresh` on, in float32."""
+    total = jnp.float32(0.0)
+    for x, fresh in pieces:
+        layout = _layout(x.shape[0], x.dtype)
+        squares = jnp.square(x.astype(jnp.float32))
+        if fresh:
+            place = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
+            squares = jnp.where(place >= fresh, squares, 0.0)
+        total = total + jnp.sum(squares)
+    return total
+
+
+def _load_sum(x_ref, delta_ref, row, start, size):
+    """x + delta, rounded."""
+    x, delta = (_load(ref, (row,), start, size) for ref in (x_ref, delta_ref))
+    return (x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(x.dtype)
+
+
+def _load(ref, row, start, size):
+    return plgpu.load(ref.at[(*row, pl.ds(start, size))], layout=_layout(size, ref.dtype))
+
+
+def _pieces(size: int) -> list[tuple[int, int, int]]:
+    """(start, size, fresh) of pieces that cover so many elements, each spread evenly over the
+    threads. The last may begin in the one before it: its elements from `fresh` on do not."""
+    even = size // THREADS * THREADS
+    pieces = [(0, even, 0)]
+    if size > even:
+        pieces += [(size - THREADS, THREADS, even - (size - THREADS))]
+    return pieces
+
+
+def _layout(size: int, dtype: Any) -> plgpu.Layout:
+    widest = _VECTOR_BYTES // jnp.dtype(dtype).itemsize
+    vector = next(n for n in (8, 4, 2, 1) if n <= widest and size % (n * THREADS) == 0)
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
