@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,18 +52,26 @@ class Step:
     merges: Mailbox | None
 
 
+class Partial(NamedTuple):
+    """What each device has of a result [B, T, D]: yet to be summed over the devices that hold
+    parts of these dimensions."""
+
+    x: Array
+    letters: str
+
+
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale for x [B, T, D]; the mean square is taken in float32."""
+    """Adds a result to x [B, T, D]. Returns the sum s, and s / rms(s) * scale.
+
+    Residual and norm are one operation, on several GPUs together with the sum over them."""
 
     def __init__(self, config: LlamaConfig, dtype: Any):
         self.scale = nnx.Param(jnp.ones(config.embed_dim, dtype))
         self.eps = config.norm_eps
 
-    def __call__(self, x: Array) -> Array:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normal = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        return normal * self.scale[...][None, None, :]
+    def __call__(self, x: Array, result: Partial, step: Step) -> tuple[Array, Array]:
+        scale = self.scale[...]
+        return step.sharding.sum_and_norm(x, *result, scale, self.eps, step.sums)
 
 
 class Attention(nnx.Module):
@@ -77,7 +85,7 @@ class Attention(nnx.Module):
         self.layer = layer
         self.window = config.window
 
-    def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
+    def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Partial, KVCache]:
         q, k, v = self._project(x, step)
         cache = cache.append(self.layer, k, v, step.num_tokens, step.sharding.index("S"))
         out = self._attend(q, cache, step)
@@ -85,7 +93,7 @@ class Attention(nnx.Module):
         # Flat, or XLA on CPU transposes the whole weight at each step.
         flat = out.astype(x.dtype).reshape(*out.shape[:2], -1)
         projected = jnp.einsum("bti,id->btd", flat, o.reshape(-1, o.shape[-1]))
-        return step.sharding.sum(projected, "NH", step.sums), cache
+        return Partial(projected, "NH"), cache
 
     def _project(self, x: Array, step: Step) -> tuple[Array, Array, Array]:
         """Queries, keys and values of the new tokens, rotated."""
@@ -124,15 +132,16 @@ class Mlp(nnx.Module):
         self.gate_up = _weight(rngs, (D, 2, F), D, dtype)
         self.down = _weight(rngs, (F, D), F, dtype)
 
-    def __call__(self, x: Array, step: Step) -> Array:
+    def __call__(self, x: Array) -> Partial:
         gate_up = jnp.einsum("btd,dcf->btcf", x, self.gate_up[...])
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        out = jnp.einsum("btf,fd->btd", hidden, self.down[...])
-        return step.sharding.sum(out, "F", step.sums)
+        return Partial(jnp.einsum("btf,fd->btd", hidden, self.down[...]), "F")
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm and beside a residual."""
+    """One layer: attention and feed-forward, each behind a norm and beside a residual.
+
+    Takes the residual stream x and what the layer before adds to it; so does the layer after."""
 
     def __init__(self, config: LlamaConfig, layer: int, rngs: nnx.Rngs, dtype: Any):
         self.attn_norm = RMSNorm(config, dtype)
@@ -140,10 +149,13 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config, dtype)
         self.mlp = Mlp(config, rngs, dtype)
 
-    def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
-        attended, cache = self.attn(self.attn_norm(x), cache, step)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), step), cache
+    def __call__(
+        self, x: Array, result: Partial, cache: KVCache, step: Step
+    ) -> tuple[Array, Partial, KVCache]:
+        x, normed = self.attn_norm(x, result, step)
+        attended, cache = self.attn(normed, cache, step)
+        x, normed = self.mlp_norm(x, attended, step)
+        return x, self.mlp(normed), cache
 
 
 class Llama(nnx.Module):
@@ -209,12 +221,14 @@ class Llama(nnx.Module):
         cos, sin = rope_table(self.config, positions)
         sums, merges = self._mailboxes(tokens.shape)
         step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, sums, merges)
-        x = self._embed(tokens, sums)
+        result = self._embed(tokens)
+        x = jnp.zeros_like(result.x)
         for block in self.layers:
-            x, cache = block(x, cache, step)
+            x, result, cache = block(x, result, cache, step)
+        _, x = self.final_norm(x, result, step)
         if last:
             x = jnp.take_along_axis(x, jnp.maximum(num_tokens - 1, 0)[:, None, None], axis=1)
-        return self._logits(self.final_norm(x)), cache.advance(num_tokens)
+        return self._logits(x), cache.advance(num_tokens)
 
     def _mailboxes(self, shape: tuple[int, ...]) -> tuple[Mailbox | None, Mailbox | None]:
         """`Step.sums` and `Step.merges` for tokens of this shape."""
@@ -224,14 +238,14 @@ class Llama(nnx.Module):
         columns = sharding.local_shape("NH", (config.num_q_heads, config.head_dim))
         return sums, sharding.mailbox("S", (*shape, *columns), jnp.float32, arrays=2)
 
-    def _embed(self, tokens: Array, mailbox: Mailbox | None) -> Array:
+    def _embed(self, tokens: Array) -> Partial:
         table = self.embed[...]
         if self.sharding.parts("V") == 1:
-            return table[tokens]
+            return Partial(table[tokens], "V")
         row = tokens - self.sharding.index("V") * table.shape[0]
         # Each device looks up the tokens whose rows it has; the others add zeros.
         found = table.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        return self.sharding.sum(found, "V", mailbox)
+        return Partial(found, "V")
 
     def _logits(self, x: Array) -> Array:
         if self.head is None:

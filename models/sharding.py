@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.pallas_kernels import peer
+from jaxdecode.pallas_kernels import norm, peer
 
 Array = jax.Array
 
@@ -144,13 +144,21 @@ class Sharding:
             return f"no two devices hold different parts of {letters}"
         return peer.why_not(shape, dtype)
 
-    def sum(self, x: Array, letters: str, mailbox: peer.Mailbox | None = None) -> Array:
-        """x summed over the devices that hold parts of these dimensions, through the mailbox if
-        there is one."""
+    def sum(self, x: Array, letters: str) -> Array:
+        """x summed over the devices that hold parts of these dimensions."""
         axes = self._axes_of_all(letters)
-        if not axes:
-            return x
-        return lax.psum(x, axes) if mailbox is None else peer.all_reduce(x, axes, mailbox)
+        return lax.psum(x, axes) if axes else x
+
+    def sum_and_norm(
+        self, x: Array, delta: Array, letters: str, scale: Array, eps: float,
+        mailbox: peer.Mailbox | None = None,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """`norm.add_and_norm` of x and `sum` of delta, which goes through the mailbox if there is
+        one."""
+        axes = self._axes_of_all(letters)
+        if mailbox is None or not axes:
+            return norm.add_and_norm(x, self.sum(delta, letters), scale, eps)
+        return peer.add_and_norm(x, delta, scale, eps, axes, mailbox)
 
     def gather(self, x: Array, letter: str, dimension: int) -> Array:
         """x with its cut dimension whole again, on every device."""

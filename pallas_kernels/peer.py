@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxdecode.pallas_kernels import norm
 from jaxdecode.pallas_kernels.varying import vary_over, varying_axes
 
 Array = jax.Array
@@ -127,6 +128,17 @@ def all_reduce(x: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:
     )
     # A kernel's result counts as equal on all devices, but only the group's are.
     return vary_over(total.reshape(x.shape), varying_axes(x) - set(axes))
+
+
+def add_and_norm(
+    x: Array, delta: Array, scale: Array, eps: float, axes: tuple[str, ...], mailbox: Mailbox
+) -> tuple[Array, Array]:
+    """`norm.add_and_norm` of x and `all_reduce` of delta. It has no gradient.
+
+    Raises:
+      ValueError: the mailbox is for other arrays or axes.
+    """
+    return norm.add_and_norm(x, all_reduce(delta, axes, mailbox), scale, eps)
 
 
 def merge_columns(out: Array, lse: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:
