@@ -42,6 +42,8 @@ def add_and_norm(
         grid=(x.shape[0], parts),
         grid_names=("row", "part"),
         kernel_name="add_and_norm",
+        # Its threads exchange a sum, and nothing through what they store.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(x, delta, scale)
     return total, normed
 
@@ -49,46 +51,55 @@ def add_and_norm(
 def _norm_kernel(x_ref, delta_ref, scale_ref, total_ref, normed_ref, *, eps: float, parts: int):
     """One block's part of a row. All loads are independent of each other and come before the first
     store, which none may pass: they cost one trip to memory."""
-    row, D, dtype = lax.axis_index("row"), x_ref.shape[1], x_ref.dtype
+    row, D = lax.axis_index("row"), x_ref.shape[1]
     width = D // parts
     first = lax.axis_index("part") * width
+    places = [pl.ds(first + start, size) for start, size, _ in _pieces(width)]
     whole = [
-        (_load_sum(x_ref, delta_ref, row, start, size), fresh) for start, size, fresh in _pieces(D)
+        [_load(ref.at[row, pl.ds(start, size)]) for ref in (x_ref, delta_ref)]
+        for start, size, _ in _pieces(D)
     ]
-    places = [(first + start, size) for start, size, _ in _pieces(width)]
     own = [
-        (_load_sum(x_ref, delta_ref, row, start, size), _load(scale_ref, (), start, size))
-        for start, size in places
+        [
+            _load(ref)
+            for ref in (x_ref.at[row, place], delta_ref.at[row, place], scale_ref.at[place])
+        ]
+        for place in places
     ]
-    factor = lax.rsqrt(_sum_of_squares(whole) / D + eps)
-    for (start, size), (x, scale) in zip(places, own, strict=True):
-        normal = (x.astype(jnp.float32) * factor).astype(dtype)
-        scaled = normal.astype(jnp.float32) * scale.astype(jnp.float32)
-        total_ref[row, pl.ds(start, size)] = x
-        normed_ref[row, pl.ds(start, size)] = scaled.astype(dtype)
+    squares = [
+        _sum_of_squares(rounded_sum(*operands), fresh)
+        for operands, (_, _, fresh) in zip(whole, _pieces(D), strict=True)
+    ]
+    mean_square = functools.reduce(jnp.add, squares) / D
+    for place, (x, delta, scale) in zip(places, own, strict=True):
+        total = rounded_sum(x, delta)
+        total_ref[row, place] = total
+        normed_ref[row, place] = normalised(total, mean_square, scale, eps)
 
 
-def _sum_of_squares(pieces: list[tuple[jax.Array, int]]) -> jax.Array:
-    """Of the elements of each piece from `fresh` on, in float32."""
-    total = jnp.float32(0.0)
-    for x, fresh in pieces:
-        layout = _layout(x.shape[0], x.dtype)
-        squares = jnp.square(x.astype(jnp.float32))
-        if fresh:
-            place = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
-            squares = jnp.where(place >= fresh, squares, 0.0)
-        total = total + jnp.sum(squares)
-    return total
-
-
-def _load_sum(x_ref, delta_ref, row, start, size):
-    """x + delta, rounded."""
-    x, delta = (_load(ref, (row,), start, size) for ref in (x_ref, delta_ref))
+def rounded_sum(x: jax.Array, delta: jax.Array) -> jax.Array:
+    """x + delta in their dtype."""
     return (x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(x.dtype)
 
 
-def _load(ref, row, start, size):
-    return plgpu.load(ref.at[(*row, pl.ds(start, size))], layout=_layout(size, ref.dtype))
+def normalised(x: jax.Array, mean_square: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale, rounded as in `norm.plain`; mean_square is float32."""
+    normal = (x.astype(jnp.float32) * lax.rsqrt(mean_square + eps)).astype(x.dtype)
+    return (normal.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _sum_of_squares(x, fresh):
+    """Of the elements from `fresh` on, in float32."""
+    squares = jnp.square(x.astype(jnp.float32))
+    if fresh:
+        layout = _layout(x.shape[0], x.dtype)
+        place = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
+        squares = jnp.where(place >= fresh, squares, 0.0)
+    return jnp.sum(squares)
+
+
+def _load(ref):
+    return plgpu.load(ref, layout=_layout(ref.shape[0], ref.dtype))
 
 
 def _pieces(size: int) -> list[tuple[int, int, int]]:

@@ -27,6 +27,8 @@ ROW_BYTES = 1024
 # Per device. Above it the links count more than the latency, and NCCL sends less.
 MAX_BYTES = 256 * 1024
 MAX_BLOCKS = 64
+# Thread blocks of a cluster that every Hopper GPU runs, and warpgroups of a thread block.
+MAX_CLUSTER, MAX_WARPGROUPS = 8, 8
 # The runtime exchanges the addresses of at most so many devices.
 MAX_DEVICES = 8
 
@@ -133,12 +135,32 @@ def all_reduce(x: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:
 def add_and_norm(
     x: Array, delta: Array, scale: Array, eps: float, axes: tuple[str, ...], mailbox: Mailbox
 ) -> tuple[Array, Array]:
-    """`norm.add_and_norm` of x and `all_reduce` of delta. It has no gradient.
+    """`norm.add_and_norm` of x and `all_reduce` of delta: every device gets the same bits. It has
+    no gradient.
 
     Raises:
       ValueError: the mailbox is for other arrays or axes.
     """
-    return norm.add_and_norm(x, all_reduce(delta, axes, mailbox), scale, eps)
+    _check(mailbox, delta.shape, delta.dtype, 1, axes)
+    cluster = cluster_of_a_row(mailbox.turns.shape[0], math.prod(delta.shape[:-1]))
+    if cluster is None:
+        return norm.add_and_norm(x, all_reduce(delta, axes, mailbox), scale, eps)
+    results = _norm(
+        x.reshape(-1), delta.reshape(-1), scale, mailbox.slots, mailbox.turns,
+        group=mailbox.group, eps=eps, cluster=cluster,
+    )  # fmt: skip
+    varying = varying_axes(x) | varying_axes(scale) | (varying_axes(delta) - set(axes))
+    total, normed = (vary_over(each.reshape(x.shape), varying) for each in results)
+    return total, normed
+
+
+def cluster_of_a_row(blocks: int, rows: int) -> tuple[int, int] | None:
+    """How many thread blocks, of how many warpgroups each, exchange one row of a norm, if each
+    warpgroup takes one of the mailbox's blocks. None if no cluster has so many."""
+    units, rest = divmod(blocks, rows)
+    members = math.gcd(units, MAX_CLUSTER)
+    warpgroups = units // members
+    return None if rest or warpgroups > MAX_WARPGROUPS else (members, warpgroups)
 
 
 def merge_columns(out: Array, lse: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:
@@ -179,6 +201,16 @@ def _sum(x, slots, turns, *, group, wait_for_all):
     from jaxdecode.pallas_kernels import peer_kernels
 
     return peer_kernels.all_reduce(x, slots, turns, group=group, wait_for_all=wait_for_all)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "eps", "cluster"))
+def _norm(x, delta, scale, slots, turns, *, group, eps, cluster):
+    from jaxdecode.pallas_kernels import peer_kernels
+
+    members, warpgroups = cluster
+    return peer_kernels.add_and_norm(
+        x, delta, scale, slots, turns, group=group, eps=eps, members=members, warpgroups=warpgroups
+    )
 
 
 @functools.partial(jax.jit, static_argnames="group")

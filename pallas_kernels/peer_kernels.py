@@ -5,6 +5,9 @@ of the turn. Eight aligned bytes arrive as one, so a value that stands beside th
 there: nobody signals, and no store waits for another. A mailbox holds the slots of two turns. Who
 has every peer's slots of one turn knows that all have finished reading those of the turn before,
 and may overwrite them in the next: the two halves take turns, however far a device lags.
+
+That holds for each block of a mailbox by itself: whoever exchanges one is on every device the only
+one to read its slots, and to count its turns, in the order of the launches.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
+
+from jaxdecode.pallas_kernels.mosaic import THREADS
+from jaxdecode.pallas_kernels.norm_kernel import normalised, rounded_sum
 
 # The axes of a collective and their sizes, major first.
 Group = tuple[tuple[str, int], ...]
@@ -54,6 +60,30 @@ mov.b32 late, 0;
 {loads}setp.ne.b32 again, late, 0;
 @again bra poll;
 {results}}}"""
+# Each warp tells all blocks of its cluster its sum, in its place; then each thread adds them up,
+# four at a time. Nobody writes into a block after the barrier, so that it may leave.
+_CLUSTER_SUM = """{{
+.reg .pred tells;
+.reg .b32 there;
+.reg .f32 a, b, c, d, sum0, sum1, sum2, sum3;
+setp.lt.u32 tells, $3, {members};
+@tells mapa.shared::cluster.u32 there, $2, $3;
+@tells st.shared::cluster.b32 [there], $4;
+barrier.cluster.arrive.release.aligned;
+barrier.cluster.wait.acquire.aligned;
+ld.shared.v4.f32 {{sum0, sum1, sum2, sum3}}, [$1];
+{additions}add.f32 sum0, sum0, sum1;
+add.f32 sum2, sum2, sum3;
+add.f32 $0, sum0, sum2;
+}}"""
+_ADDITION = """ld.shared.v4.f32 {{a, b, c, d}}, [$1+{offset}];
+add.f32 sum0, sum0, a;
+add.f32 sum1, sum1, b;
+add.f32 sum2, sum2, c;
+add.f32 sum3, sum3, d;
+"""
+# Threads of a warp, and warps of a warpgroup.
+_WARP, _WARPS = 32, THREADS // 32
 
 
 def all_reduce(
@@ -76,6 +106,44 @@ def all_reduce(
     return _exchange(
         _sum_kernel, x, slots, turns, group, out_type, wait_for_all, kernel_name="peer_sum"
     )
+
+
+def add_and_norm(
+    x: jax.Array, delta: jax.Array, scale: jax.Array, slots: Any, turns: Any, *, group: Group,
+    eps: float, members: int, warpgroups: int,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`norm.add_and_norm` of rows of x, after `all_reduce` of delta.
+
+    A cluster of thread blocks has a row, and each of their warpgroups one block of the mailbox: all
+    that they tell one another are their sums of squares, through their shared memory.
+
+    Args:
+      x, delta: [rows * D]. scale: [D].
+      slots, turns, group: as for `all_reduce` of delta.
+      eps: added to the mean square.
+      members, warpgroups: thread blocks of a cluster, and warpgroups of each.
+
+    Returns:
+      (x + delta, its norm), each [rows * D], the same bits on every rank.
+    """
+    units, out_type = members * warpgroups, jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total, normed = plgpu.kernel(
+        functools.partial(_norm_kernel, group=group, eps=eps, members=members, units=units),
+        out_type=[out_type, out_type],
+        grid=(turns.shape[0] // units,),
+        grid_names=("row",),
+        cluster=(members,),
+        cluster_names=("member",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types={"sums_smem": plgpu.SMEM((units * _WARPS,), jnp.float32)},
+        kernel_name="peer_sum_and_norm",
+        # Its threads meet where they exchange something, and need not at every store.
+        compiler_params=plgpu.CompilerParams(
+            skip_device_barrier=True, unsafe_no_auto_barriers=True
+        ),
+    )(x, delta, scale, slots, turns)
+    return total, normed
 
 
 def merge(x: jax.Array, slots: Any, turns: Any, *, group: Group) -> jax.Array:
@@ -108,22 +176,42 @@ def _exchange(kernel, x, slots, turns, group, out_type, wait_for_all, *, kernel_
 
 def _sum_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
     """One block's part of x."""
-    part, layout, turn = _begin(turns_ref, out_ref)
+    block = lax.axis_index("block")
+    part, layout, turn = _begin(block, turns_ref, out_ref)
     x = plgpu.load(x_ref.at[part], layout=layout)
-    incoming, outgoing = _boxes(slots_ref, turn, group)
-    _put(x, turn, outgoing)
-    parts = _take(turn, incoming, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    total = functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts])
-    out_ref[part] = total.astype(out_ref.dtype)
-    turns_ref[lax.axis_index("block")] = turn
+    out_ref[part] = _sum_over(group, x, turn, slots_ref, block)
+    turns_ref[block] = turn
+
+
+def _norm_kernel(
+    x_ref, delta_ref, scale_ref, slots_ref, turns_ref, total_ref, normed_ref, *,
+    group: Group, eps: float, members: int, units: int, sums_smem,
+):  # fmt: skip
+    """One warpgroup's part of a row."""
+    unit = lax.axis_index("member") * (units // members) + lax.axis_index("warpgroup")
+    block = lax.axis_index("row") * units + unit
+    part, layout, turn = _begin(block, turns_ref, total_ref)
+    size = total_ref.shape[0] // turns_ref.shape[0]
+    # All loads before the first store, which none may pass.
+    delta, x = (plgpu.load(ref.at[part], layout=layout) for ref in (delta_ref, x_ref))
+    scale = plgpu.load(scale_ref.at[pl.ds(unit * size, size)], layout=layout)
+    total = rounded_sum(x, _sum_over(group, delta, turn, slots_ref, block))
+    squares = _cluster_sum(
+        jnp.square(total.astype(jnp.float32)), layout, unit, sums_smem, members=members
+    )
+    normed = normalised(total, squares / (units * size), scale, eps)
+    total_ref[part] = total
+    normed_ref[part] = normed
+    turns_ref[block] = turn
 
 
 def _merge_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
     """One block's part of this rank's share."""
-    part, layout, turn = _begin(turns_ref, out_ref)
+    block = lax.axis_index("block")
+    part, layout, turn = _begin(block, turns_ref, out_ref)
     ranks, arrays, words = x_ref.shape[0], x_ref.shape[1], slots_ref.shape[3]
     boxes = [pl.ds(i * words // arrays, words // arrays) for i in range(arrays)]
-    incoming, outgoing = _boxes(slots_ref, turn, group)
+    incoming, outgoing = _boxes(slots_ref, turn, group, block)
     places = [(rank, i) for rank in range(ranks) for i in range(arrays)]
     # All loads before the first store, which none may pass.
     shares = [plgpu.load(x_ref.at[rank, i, part], layout=layout) for rank, i in places]
@@ -142,18 +230,27 @@ def _merge_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
         for out, lse, weight in zip(outs, lses, weights, strict=True)
     ]
     out_ref[part] = functools.reduce(jnp.add, parts) / jnp.where(total == 0.0, 1.0, total)
-    turns_ref[lax.axis_index("block")] = turn
+    turns_ref[block] = turn
 
 
-def _begin(turns_ref, out_ref):
-    """This block's part of the result, how its threads hold it, and the number of the turn."""
-    block, size = lax.axis_index("block"), out_ref.shape[0] // turns_ref.shape[0]
+def _sum_over(group: Group, x, turn, slots_ref, block):
+    """x summed over the group, by way of this block of the mailbox."""
+    incoming, outgoing = _boxes(slots_ref, turn, group, block)
+    _put(x, turn, outgoing)
+    parts = _take(turn, incoming, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    total = functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts])
+    return total.astype(x.dtype)
+
+
+def _begin(block, turns_ref, out_ref):
+    """A block's part of the result, how its threads hold it, and the number of the turn."""
+    size = out_ref.shape[0] // turns_ref.shape[0]
     return pl.ds(block * size, size), _layout(size, out_ref.dtype), turns_ref[block] + 1
 
 
-def _boxes(slots_ref, turn, group: Group):
-    """This block's boxes of the turn: what each rank says to this one, and this one to each."""
-    block, half, ranks = lax.axis_index("block"), turn % 2, range(slots_ref.shape[1])
+def _boxes(slots_ref, turn, group: Group, block):
+    """A block's boxes of the turn: what each rank says to this one, and this one to each."""
+    half, ranks = turn % 2, range(slots_ref.shape[1])
     incoming = [slots_ref.at[half, rank, block] for rank in ranks]
     outgoing = [_remote(slots_ref.at[half, _rank(group), block], group, rank) for rank in ranks]
     return incoming, outgoing
@@ -186,7 +283,7 @@ def _put(x: jax.Array, turn: jax.Array, refs: list[Any]) -> None:
     def put(context, x, turn, *refs):
         del context
         pairs = [vector.bitcast(_pair(), values) for values in x.registers.flat]
-        words = [[vector.extract(pair, [], [i]) for i in range(2)] for pair in pairs]
+        words = [_values(pair) for pair in pairs]
         for ref in refs:
             for slot, (low, high) in zip(_slots(ref, x.layout), words, strict=True):
                 utils.inline_ptx(_STORE, slot, low, high, turn.registers.item())
@@ -223,6 +320,50 @@ def _take(turn: jax.Array, refs: list[Any], kind: jax.ShapeDtypeStruct) -> list[
         ]
 
     return take(turn, *refs)
+
+
+def _cluster_sum(x: jax.Array, layout, unit: jax.Array, sums_ref, *, members: int) -> jax.Array:
+    """The sum of x over all warpgroups of a cluster, with the same bits in each of them.
+
+    Args:
+      x: [size] float32, laid out so.
+      unit: which of them this warpgroup is.
+      sums_ref: [warps of the cluster] float32 in the shared memory of each block, used once.
+      members: blocks of the cluster.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, plgpu.Layout.WG_SPLAT, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT),
+    )
+    def add_up(context, x, unit, sums):
+        del context
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        own = functools.reduce(
+            arith.addf, [value for each in x.registers.flat for value in _values(each)]
+        )
+        for distance in (1, 2, 4, 8, 16):
+            own = arith.addf(own, utils.shfl_bfly(own, distance))
+        thread = arith.remui(utils.thread_idx(), mgpu.c(THREADS, i32))
+        lane, warp = (op(thread, mgpu.c(_WARP, i32)) for op in (arith.remui, arith.divui))
+        number = arith.addi(arith.muli(unit.registers.item(), mgpu.c(_WARPS, i32)), warp)
+        base = utils.memref_ptr(sums)
+        place = utils.getelementptr(base, [number], f32)
+        offsets = range(16, 4 * sums_ref.shape[0], 16)
+        additions = "".join(_ADDITION.format(offset=offset) for offset in offsets)
+        total = utils.inline_ptx(
+            _CLUSTER_SUM.format(members=members, additions=additions),
+            base, place, lane, arith.bitcast(i32, own),
+            result_types=f32, has_side_effects=True, convergent=True,
+        )  # fmt: skip
+        return mgpu.FragmentedArray.splat(total, ())
+
+    return add_up(x, unit, sums_ref)
+
+
+def _values(register: ir.Value) -> list[ir.Value]:
+    """The elements of a vector."""
+    return [vector.extract(register, [], [i]) for i in range(register.type.shape[0])]
 
 
 def _slots(ref: ir.Value, layout: Any) -> list[ir.Value]:

@@ -139,3 +139,25 @@ def test_a_mailbox_is_for_one_kind_of_array(shape, dtype, axes):
     mailbox = peer.Mailbox((1, 1, 512), made, 1, (("tensor", 2),), slots=None, turns=None)
     with pytest.raises(ValueError, match=r"is for 1 of bfloat16\[1, 1, 512\] over tensor; found"):
         peer.all_reduce(jnp.zeros(shape, dtype), axes, mailbox)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "rows", "cluster"),
+    [
+        (1, 1, (1, 1)), (7, 1, (1, 7)), (8, 1, (8, 1)), (10, 1, (2, 5)), (16, 1, (8, 2)),
+        (64, 16, (4, 1)), (64, 1, (8, 8)), (13, 1, None), (39, 3, None), (4, 8, None),
+        (64, 5, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_cluster_that_has_a_row(blocks, rows, cluster):
+    assert peer.cluster_of_a_row(blocks, rows) == cluster
+
+
+def test_a_norm_too_is_refused_the_mailbox_of_other_arrays():
+    mailbox = peer.Mailbox(
+        (1, 1, 512), jnp.dtype(jnp.bfloat16), 1, (("tensor", 2),), slots=None, turns=None
+    )
+    x, scale = jnp.zeros((1, 2, 512), jnp.bfloat16), jnp.zeros(512, jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"is for 1 of bfloat16\[1, 1, 512\] over tensor; found"):
+        peer.add_and_norm(x, x, scale, 1e-5, ("tensor",), mailbox)

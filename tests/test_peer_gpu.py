@@ -23,7 +23,7 @@ from meshes import copies
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.llama import Llama, param_letters
 from jaxdecode.models.sharding import Sharding, fit_mesh
-from jaxdecode.pallas_kernels import combine_partials, merge_columns, peer
+from jaxdecode.pallas_kernels import combine_partials, merge_columns, norm, peer
 
 pytestmark = pytest.mark.gpu
 
@@ -100,6 +100,14 @@ def faults_in(turns: int, count: int, shape, *, delay=lambda i, x: x, dtype=jnp.
     return on_each(tensor_mesh(count), run)(jnp.arange(count, dtype=jnp.int32))
 
 
+def lagging(count: int, i, x):
+    """x, later by a few matrix products on one rank, and not always the same one."""
+    rounds = jnp.where(lax.axis_index("tensor") == i % count, 20, 0)
+    a = jnp.full((1024, 1024), x[0, 0, 0] * 1e-9)
+    a = lax.fori_loop(0, rounds, lambda _, a: jnp.tanh(a @ a), a)
+    return x + 0 * a[0, 0].astype(x.dtype)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 512), TOKEN, (2, 8, 4096)], ids=str)
 @pytest.mark.parametrize("count", COUNTS)
 def test_ten_thousand_turns(count, shape):
@@ -108,15 +116,8 @@ def test_ten_thousand_turns(count, shape):
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_one_rank_or_another_lags(count):
-    """By the time of a few matrix products, and not always the same one."""
-
-    def delay(i, x):
-        rounds = jnp.where(lax.axis_index("tensor") == i % count, 20, 0)
-        a = jnp.full((1024, 1024), x[0, 0, 0] * 1e-9)
-        a = lax.fori_loop(0, rounds, lambda _, a: jnp.tanh(a @ a), a)
-        return x + 0 * a[0, 0].astype(x.dtype)
-
-    np.testing.assert_array_equal(faults_in(300, count, TOKEN, delay=delay), 0)
+    faults = faults_in(300, count, TOKEN, delay=functools.partial(lagging, count))
+    np.testing.assert_array_equal(faults, 0)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -175,6 +176,98 @@ def test_two_mailboxes_by_turns(count):
     mean = np.mean(np.asarray(rows, np.float64), axis=0)
     np.testing.assert_allclose(x[-1], mean, atol=1e-5)
     np.testing.assert_allclose(small[0], mean[:, :, :512], atol=1e-5)
+
+
+EPS = 1e-5
+NORM_SHAPES = [(1, 1, 512), (1, 1, 5120), (1, 1, 6656), TOKEN, (3, 1, 1024), (2, 8, 4096)]
+
+
+def normed(x, delta, scale, mailbox):
+    return peer.add_and_norm(x, delta, scale, EPS, ("tensor",), mailbox)
+
+
+@pytest.mark.parametrize("dtype", peer.DTYPES)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+def test_every_rank_gets_the_same_sum_and_norm(count, shape, dtype):
+    """The sum to the bit, and a norm that differs by the order of its squares only."""
+    delta, x = random_rows(count, shape, dtype), random_rows(1, shape, dtype, seed=1)
+    scale = random_rows(1, shape[-1:], dtype, seed=2)
+    x, scale = (jnp.broadcast_to(each, (count, *each.shape[1:])) for each in (x, scale))
+    run = on_each(tensor_mesh(count), lambda x, delta, s: normed(x, delta, s, opened(delta)))
+    total, found = (np.asarray(each.astype(jnp.float32)) for each in run(x, delta, scale))
+    summed = jnp.asarray(expected_sum(delta))
+    expected, expected_norm = norm.plain(x[0], summed, scale[0], eps=EPS)
+    np.testing.assert_array_equal(total, np.broadcast_to(expected.astype(jnp.float32), x.shape))
+    np.testing.assert_array_equal(found, np.broadcast_to(found[:1], found.shape))
+    # Two roundings may go the other way.
+    tolerance = max(2 * float(jnp.finfo(dtype).eps), 2e-6)
+    np.testing.assert_allclose(
+        found[0], expected_norm.astype(jnp.float32), rtol=tolerance, atol=tolerance
+    )
+
+
+def faulty_norms(turns: int, count: int, shape, *, delay=lambda i, x: x):
+    """How many elements of the sums and of the norms were wrong in so many turns; for each rank.
+
+    Small whole numbers, times a power of two: their squares add up to the same in any order, and to
+    something else by far in the turn before."""
+
+    def run(rank):
+        mailbox = peer.open_mailbox(shape, jnp.float32, ("tensor",))
+        scale = numbers(3, 2, (1, 1, shape[-1]))[0, 0]
+
+        def turn(i, faults):
+            size = lax.shift_left(jnp.int32(1), i % 3).astype(jnp.float32)
+            x, own, *deltas = (
+                numbers(i, r, shape) % 5 * size for r in (count, rank, *range(count))
+            )
+            found = normed(x, delay(i, own), scale, mailbox)
+            expected = norm.plain(x, functools.reduce(jnp.add, deltas), scale, eps=EPS)
+            apart = jnp.abs(found[1] - expected[1]) > 1e-6 * jnp.abs(expected[1])
+            wrong = (found[0] != expected[0]) | apart
+            return faults + jnp.sum(wrong.astype(jnp.int32))
+
+        return lax.fori_loop(0, turns, turn, jnp.int32(0))
+
+    return on_each(tensor_mesh(count), run)(jnp.arange(count, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 512), (1, 1, 4096), (4, 2, 1024)], ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+def test_ten_thousand_norms(count, shape):
+    np.testing.assert_array_equal(faulty_norms(10_000, count, shape), 0)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_one_rank_or_another_lags_at_a_norm(count):
+    faults = faulty_norms(300, count, TOKEN, delay=functools.partial(lagging, count))
+    np.testing.assert_array_equal(faults, 0)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_sums_and_norms_by_turns_through_one_mailbox(count):
+    """Ten thousand of each: the same bits on every rank and in every run."""
+
+    def run(x, delta):
+        mailbox, scale = opened(delta), jnp.ones(delta.shape[-1:], delta.dtype)
+        own = delta
+
+        def turn(i, carry):
+            x, delta = carry
+            x, delta = normed(x, delta * 0.5 + own, scale, mailbox)
+            return x * 0.5, summed(delta * 0.5, mailbox)
+
+        return lax.fori_loop(0, 10_000, turn, (x, delta))
+
+    delta = random_rows(count, TOKEN, jnp.bfloat16)
+    jitted = on_each(tensor_mesh(count), run)
+    operands = jnp.zeros_like(delta), delta
+    first, second = (jax.tree.map(np.asarray, jitted(*operands)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert np.isfinite(one.astype(np.float32)).all()
+        np.testing.assert_array_equal(one, np.broadcast_to(one[:1], one.shape))
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("count", COUNTS)

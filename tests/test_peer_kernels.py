@@ -102,6 +102,57 @@ def test_the_chains_of_the_benchmark_open_one_mailbox(script, collective, width,
     assert "stablehlo.all_" not in text
 
 
+def normed_twice(x, delta, scale):
+    mailbox = peer.open_mailbox(delta.shape, delta.dtype, ("tensor",))
+    for _ in range(2):
+        x, delta = peer.add_and_norm(x, delta, scale, 1e-5, ("tensor",), mailbox)
+    return x, delta
+
+
+# (rows, width): clusters of 1 block and more, and of blocks of 1 warpgroup and more.
+NORM_SHAPES = [(1, 512), (1, 5120), (1, 8192), (3, 1024), (8, 8192), (16, 8192)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("count", [2, 8])
+def test_sum_residual_and_norm_lower_for_cuda(count, shape, dtype):
+    rows, D = shape
+    if peer.why_not(shape, dtype) is not None:
+        rows //= 2
+    x = jax.ShapeDtypeStruct((rows, 1, D), dtype)
+    scale = jax.ShapeDtypeStruct((D,), dtype)
+    text = lowered(normed_twice, make_mesh((1, count, 1)), x, x, scale)
+    assert text.count("custom_call @mosaic_gpu") == 2
+    assert text.count("skip_device_barrier = false") == 1
+    assert text.count("call @_norm") == 2
+    assert text.count("call @_sum") == 1
+    assert text.count("output_operand_alias<") == 4
+
+
+def test_rows_that_no_cluster_has_are_summed_first():
+    x = jax.ShapeDtypeStruct((1, 1, 6656), jnp.bfloat16)
+    scale = jax.ShapeDtypeStruct((6656,), jnp.bfloat16)
+    text = lowered(normed_twice, make_mesh((1, 2, 1)), x, x, scale)
+    assert text.count("call @_norm") == 0
+    assert text.count("call @_sum") == 3
+
+
+@pytest.mark.parametrize(("out", "fits"), [(P("data"), True), (P(), False)])
+def test_a_norm_varies_over_the_other_axes_only(out, fits):
+    rows, x = P(("data", "tensor")), jax.ShapeDtypeStruct((4, 1, 512), jnp.bfloat16)
+    mapped = jax.shard_map(
+        normed_twice, mesh=make_mesh((2, 2, 1)), in_specs=(P("data"), rows, P()), out_specs=out
+    )
+    operands = jax.ShapeDtypeStruct((2, 1, 512), x.dtype), x, jax.ShapeDtypeStruct((512,), x.dtype)
+    # The second delta is the first norm, which all of the group have.
+    if fits:
+        jax.jit(mapped).trace(*operands)
+    else:
+        with pytest.raises(ValueError, match="out_specs"):
+            jax.jit(mapped).trace(*operands)
+
+
 def merged_twice(out, lse):
     """Over seq; the second merge is of the first one's columns, as all have them."""
     B, T, N, H = out.shape
@@ -180,7 +231,8 @@ def test_what_a_decoding_step_exchanges_through_mailboxes(sizes, B, T):
     assert "all_reduce" not in text
     assert "all_to_all" not in text
     opened = 1 + (merges > 0)
-    assert text.count("call @_sum") == sums + opened
+    assert text.count("call @_sum") == opened
+    assert text.count("call @_norm") == sums
     assert text.count("call @_merge") == merges
     assert text.count("skip_device_barrier = false") == opened
 
