@@ -25,6 +25,8 @@ Array = jax.Array
 DTYPES = ("bfloat16", "float16", "float32")
 # More rows occupy every multiprocessor: XLA's kernels are then bound by the memory, like ours.
 MAX_ROWS = NUM_SMS
+# A row's threads hold all of it in registers.
+MAX_ROW_BYTES = 32 * 1024
 # The fewest elements of a row worth a thread block: eight for each thread.
 _PART = 8 * THREADS
 
@@ -70,6 +72,8 @@ def why_not(shape: tuple[int, ...], dtype: Any) -> str | None:
         return f"the kernel takes {', '.join(DTYPES)}, not {jnp.dtype(dtype)}"
     if D % 8 or D < THREADS:
         return f"the kernel takes rows of a multiple of 8 and at least {THREADS}, not {D}"
+    if D * jnp.dtype(dtype).itemsize > MAX_ROW_BYTES:
+        return f"the kernel takes rows of at most {MAX_ROW_BYTES} bytes, not {D} of {dtype}"
     if not 1 <= B * T <= MAX_ROWS:
         return f"the kernel is for 1 to {MAX_ROWS} rows, not {B * T}"
     return None
