@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import Part
+from jaxdecode.pallas_kernels.rope_append import write_slots
 
 Array = jax.Array
 
@@ -97,22 +98,24 @@ class KVCache:
           num_tokens: [B] int32, how many of the T are real; the rest is not written.
           index: of this device's part.
         """
-        B, T, _, _ = k.shape
+        slots = self.slots(k.shape[1], num_tokens, index)
+        keys, values = self.keys[layer], self.values[layer]
+        return self.with_layer(layer, write_slots(keys, k, slots), write_slots(values, v, slots))
+
+    def slots(self, T: int, num_tokens: Array, index: Array | int = 0) -> Array:
+        """Where `append` writes T new tokens of each sequence, [B, T] int32. Tokens that are not
+        written, be they padding, another device's or past the end, get slots from S on."""
         offset = jnp.arange(T, dtype=jnp.int32)[None, :]
         slot, mine = self.part(index).slot(self.lengths[:, None] + offset)
-        # Slots from S on are dropped: padding goes there, and so does what overflows.
-        # A dynamic_update_slice would clamp instead, over the newest tokens.
-        slot = jnp.where(mine & (offset < num_tokens[:, None]), slot, self.capacity + offset)
-        row = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None], slot.shape)
+        return jnp.where(mine & (offset < num_tokens[:, None]), slot, self.capacity + offset)
 
-        def write(cache: Array, new: Array) -> Array:
-            return cache.at[row, slot].set(
-                new.astype(cache.dtype), mode="drop", unique_indices=True
-            )
-
-        keys, values = list(self.keys), list(self.values)
-        keys[layer], values[layer] = write(keys[layer], k), write(values[layer], v)
-        return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
+    def with_layer(self, layer: int, keys: Array, values: Array) -> KVCache:
+        """The cache with other arrays for one layer."""
+        return dataclasses.replace(
+            self,
+            keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),
+            values=(*self.values[:layer], values, *self.values[layer + 1 :]),
+        )
 
     def part(self, index: Array | int) -> Part:
         """Which slots the device with this index holds."""

@@ -21,10 +21,11 @@ from flax import nnx
 
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, cache_tree
-from jaxdecode.models.rope import apply_rope, rope_table
+from jaxdecode.models.rope import rope_table
 from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import attend_part, decode_attention, merge_columns
 from jaxdecode.pallas_kernels.peer import Mailbox
+from jaxdecode.pallas_kernels.rope_append import rotate_and_append
 
 Array = jax.Array
 
@@ -86,8 +87,7 @@ class Attention(nnx.Module):
         self.window = config.window
 
     def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Partial, KVCache]:
-        q, k, v = self._project(x, step)
-        cache = cache.append(self.layer, k, v, step.num_tokens, step.sharding.index("S"))
+        q, cache = self._append(*self._project(x, step), cache, step)
         out = self._attend(q, cache, step)
         o = self.o[...]
         # Flat, or XLA on CPU transposes the whole weight at each step.
@@ -95,17 +95,24 @@ class Attention(nnx.Module):
         projected = jnp.einsum("bti,id->btd", flat, o.reshape(-1, o.shape[-1]))
         return Partial(projected, "NH"), cache
 
-    def _project(self, x: Array, step: Step) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of the new tokens, rotated."""
+    def _project(self, x: Array, step: Step) -> tuple[Array, Array]:
+        """Queries [B, T, N, H], and keys and values [B, T, 2, K, H], of the new tokens."""
         q = jnp.einsum("btd,dnh->btnh", x, self.q[...])
         kv = jnp.einsum("btd,dckh->btckh", x, self.kv[...])
-        k, v = kv[:, :, 0], kv[:, :, 1]
         if step.sharding.parts("H") > 1:  # together, for one collective
-            heads = jnp.concatenate([q, k, v], axis=2)
+            (B, T, N, _), K = q.shape, kv.shape[3]
+            heads = jnp.concatenate([q, kv.reshape(B, T, 2 * K, -1)], axis=2)
             heads = step.sharding.gather(heads, "H", dimension=3)
-            N, K = q.shape[2], k.shape[2]
-            q, k, v = jnp.split(heads, (N, N + K), axis=2)
-        return apply_rope(q, step.cos, step.sin), apply_rope(k, step.cos, step.sin), v
+            q, kv = heads[:, :, :N], heads[:, :, N:].reshape(B, T, 2, K, -1)
+        return q, kv
+
+    def _append(self, q: Array, kv: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
+        """The queries rotated, and the cache with the new tokens."""
+        slots = cache.slots(q.shape[1], step.num_tokens, step.sharding.index("S"))
+        q, keys, values = rotate_and_append(
+            q, kv, step.cos, step.sin, slots, cache.keys[self.layer], cache.values[self.layer]
+        )
+        return q, cache.with_layer(self.layer, keys, values)
 
     def _attend(self, q: Array, cache: KVCache, step: Step) -> Array:
         """Attention to the cache: [B, T, N, H], or this device's columns of it."""

@@ -1,6 +1,6 @@
-"""Rotary position embeddings (arXiv 2104.09864), paired as in Hugging Face: i turns with i + H/2.
+"""The angles of rotary position embeddings (arXiv 2104.09864).
 
-B batch, T tokens, N heads, H head_dim.
+B batch, T tokens, H head_dim.
 """
 
 from __future__ import annotations
@@ -42,13 +42,6 @@ def rope_table(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
     frequency, factor = rope_frequencies(config)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None, :]
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
-
-
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns x [B, T, N, H] by `rope_table`'s angles, in float32, and returns x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:

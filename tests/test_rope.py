@@ -12,7 +12,8 @@ import pytest
 from naive_llama import CONFIG, naive_frequencies
 
 from jaxdecode.models.config import PRESETS, LlamaConfig, RopeScaling
-from jaxdecode.models.rope import apply_rope, rope_frequencies, rope_table
+from jaxdecode.models.rope import rope_frequencies, rope_table
+from jaxdecode.pallas_kernels.rope_append import apply_rope
 
 POSITIONS = np.array([[0, 1, 2, 63, 64, 8191, 8192], [131_071, 1, 999_999, 5, 2**20, 7, 2**23]])
 

@@ -1,0 +1,127 @@
+"""Between a decoder's projections and its attention: rotating queries and keys, and appending.
+
+On a GPU one kernel does for a few new tokens what takes XLA five, each of about a microsecond.
+
+B batch, T tokens in this call, N query heads, K KV heads, H head_dim, S capacity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdecode.pallas_kernels import flash_decode
+from jaxdecode.pallas_kernels.varying import vary_alike
+
+Array = jax.Array
+
+CACHE_DTYPES = (*flash_decode.DTYPES, "float32")
+# Tokens of a decode step; with more, as in prefill, nobody has measured that the kernel is faster.
+MOST_TOKENS = 64
+
+
+def rotate_and_append(
+    q: Array, kv: Array, cos: Array, sin: Array, slots: Array, keys: Array, values: Array
+) -> tuple[Array, Array, Array]:
+    """The queries for attention, and the caches with the new tokens, from one kernel where it can
+    serve. Works under jit, vmap and grad.
+
+    Args:
+      q: [B, T, N, H]. kv: [B, T, 2, K, H], keys and then values, in q's dtype.
+      cos, sin: [B, T, 1, H / 2] float32, of the tokens' positions.
+      slots: [B, T] int32, where each token goes, none of [0, S) twice in a row; at S and on it is
+        not written.
+      keys, values: [B, S, K, H]; a jitted step that takes them donated writes them in place.
+
+    Returns:
+      (q rotated, keys, values), each in its own dtype.
+    """
+    operands = (q, kv, cos, sin, slots, keys, values)
+    if why_not(q, keys) is not None:
+        return plainly(*operands)
+    q, kv, cos, sin, slots, keys, values = vary_alike(*operands)
+    return _in_one(q, kv, cos, sin, slots, keys, values)
+
+
+def why_not(q: Any, keys: Any) -> str | None:
+    """Why the kernel does not serve queries and caches like these here; None if it does."""
+    B, T, _, H = q.shape
+    if q.dtype not in flash_decode.DTYPES or keys.dtype not in CACHE_DTYPES:
+        return (
+            f"the kernel takes {' and '.join(flash_decode.DTYPES)} for caches of "
+            f"{', '.join(CACHE_DTYPES)}, not {q.dtype} for {keys.dtype}"
+        )
+    if H % 16:
+        return f"the kernel takes a head_dim that is a multiple of 16, not {H}"
+    if B * T > MOST_TOKENS:
+        return f"the kernel is for up to {MOST_TOKENS} tokens in a step, not {B * T}"
+    return flash_decode.why_not_here()
+
+
+def plainly(
+    q: Array, kv: Array, cos: Array, sin: Array, slots: Array, keys: Array, values: Array
+) -> tuple[Array, Array, Array]:
+    """`rotate_and_append` without a kernel, on any device."""
+    k, v = apply_rope(kv[:, :, 0], cos, sin), kv[:, :, 1]
+    return apply_rope(q, cos, sin), write_slots(keys, k, slots), write_slots(values, v, slots)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns x [B, T, N, H] by cos and sin [B, T, 1, H / 2], in float32, and returns x's dtype.
+
+    Paired as in Hugging Face: i turns with i + H / 2 (arXiv 2104.09864 pairs neighbours).
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def write_slots(cache: Array, new: Array, slots: Array) -> Array:
+    """The cache [B, S, K, H] with the new tokens [B, T, K, H] in their slots [B, T]. What belongs
+    in slot S or later is dropped."""
+    row = jnp.broadcast_to(jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None], slots.shape)
+    # A dynamic_update_slice would clamp instead, over the newest tokens.
+    return cache.at[row, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+
+
+@jax.custom_vjp
+def _in_one(*operands: Array) -> tuple[Array, Array, Array]:
+    """By the kernel, with the gradient of the plain formula. All operands vary alike."""
+    # Inside shard_map a kernel's results would count as equal on all devices.
+    q, keys, values, _ = vary_alike(*_by_kernel(*operands), operands[0])
+    return q, keys, values
+
+
+def _saving(*operands):
+    return _in_one(*operands), operands
+
+
+def _backward(operands, cotangents):
+    return jax.vjp(plainly, *operands)[1](cotangents)
+
+
+_in_one.defvjp(_saving, _backward)
+
+
+@jax.custom_batching.custom_vmap
+def _by_kernel(*operands):
+    return _forward(*operands)
+
+
+@_by_kernel.def_vmap
+def _plainly_for_all(size, mapped, *operands):
+    del size
+    results = jax.vmap(plainly, [0 if each else None for each in mapped])(*operands)
+    return results, (True, True, True)
+
+
+# One jit for the module, so that equal calls, such as a model's layers, share one lowering.
+@jax.jit
+def _forward(q, kv, cos, sin, slots, keys, values):
+    from jaxdecode.pallas_kernels import rope_append_kernel
+
+    keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
+    q = rope_append_kernel.rotate_and_append(q, kv, cos, sin, slots, keys_ref, values_ref)
+    return q, jax.freeze(keys_ref), jax.freeze(values_ref)

@@ -1,0 +1,108 @@
+"""Rotating queries and keys and appending to the cache, on Pallas Mosaic GPU.
+
+The work is nothing, so all that counts is how often a thread waits for memory: once. Everything is
+loaded at the same time, straight into registers, and stored from there; a warp has a head.
+
+B batch, T tokens in this call, N query heads, K KV heads, H head_dim, S capacity.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_WARPS, _LANES = 4, 32
+
+
+def rotate_and_append(
+    q: jax.Array, kv: jax.Array, cos: jax.Array, sin: jax.Array, slots: jax.Array,
+    keys_ref: Any, values_ref: Any,
+) -> jax.Array:  # fmt: skip
+    """Runs the kernel: returns the queries [B, T, N, H], and writes keys and values in place.
+
+    The arguments are those of `rope_append.rotate_and_append`, the caches as references."""
+    B, T, N, _ = q.shape
+    K = kv.shape[3]
+    heads = math.gcd(K, _WARPS)
+    return plgpu.kernel(
+        functools.partial(_kernel, heads=heads),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=((N + K) // heads, T, B),
+        grid_names=("group", "token", "batch"),
+        # A thread stores what it has loaded itself, so nobody needs to wait for another.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="rope_append",
+    )(q, kv, cos, sin, slots, keys_ref, values_ref)
+
+
+def _kernel(
+    q_ref, kv_ref, cos_ref, sin_ref, slots_ref, keys_ref, values_ref, out_ref, *, heads: int
+):
+    """Some heads of one token: of its queries, or of its keys and values."""
+    group, t, b = map(lax.axis_index, ("group", "token", "batch"))
+    _, _, N, H = q_ref.shape
+    halves = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
+    layout = _layout(heads, H // 2)
+    slot = slots_ref[b, t]
+    cos, sin = (
+        _for_all(plgpu.load(ref.at[b, t, 0], layout=layout.reduce(0), optimized=False), layout)
+        for ref in (cos_ref, sin_ref)
+    )
+
+    def load(ref):
+        return [plgpu.load(ref.at[:, half], layout=layout, optimized=False) for half in halves]
+
+    def rotated(first, second):
+        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+        turned = first * cos - second * sin, second * cos + first * sin
+        return [x.astype(q_ref.dtype) for x in turned]
+
+    def store(ref, values):
+        for half, value in zip(halves, values, strict=True):
+            ref[:, half] = value.astype(ref.dtype)
+
+    @pl.when(group * heads < N)
+    def _rotate():
+        mine = b, t, pl.ds(group * heads, heads)
+        store(out_ref.at[mine], rotated(*load(q_ref.at[mine])))
+
+    @pl.when(group * heads >= N)
+    def _append():
+        mine = pl.ds(group * heads - N, heads)
+        k, v = load(kv_ref.at[b, t, 0, mine]), load(kv_ref.at[b, t, 1, mine])
+        # Or the compiler would load them only once the slot is there.
+        k, v = lax.optimization_barrier((rotated(*k), v))
+
+        @pl.when((slot >= 0) & (slot < keys_ref.shape[1]))
+        def _store():
+            store(keys_ref.at[b, slot, mine], k)
+            store(values_ref.at[b, slot, mine], v)
+
+
+def _layout(heads, columns):
+    """How the threads hold [heads, columns], columns a multiple of 8: a warp has a head, and where
+    there are fewer of either than that takes, several do the same. A thread has two columns or four
+    at once."""
+    lanes = math.gcd(columns // 2, _LANES)
+    width = math.gcd(columns // lanes, 4)
+    tiling = plgpu.Tiling(((heads, lanes * width), (width,)))
+    return plgpu.Layout.TILED(tiling, _over(-3, heads, _WARPS), _over(-2, lanes, _LANES), -1)
+
+
+def _over(dimension, size, units):
+    """A dimension of the layout's tiles spread over so many warps or lanes."""
+    parts = (dimension,) if size > 1 else ()
+    return parts if size == units else (*parts, plgpu.Replicated(units // size))
+
+
+def _for_all(row, layout):
+    """A row [columns] for every head."""
+    heads = layout.args[0].tiles[0][0]
+    return plgpu.layout_cast(lax.broadcast_in_dim(row, (heads, *row.shape), (1,)), layout)
