@@ -122,6 +122,11 @@ def _plainly_for_all(size, mapped, *operands):
 def _forward(q, kv, cos, sin, slots, keys, values):
     from jaxdecode.pallas_kernels import rope_append_kernel
 
+    B, T, _, H = q.shape
+    # XLA makes q and kv by one product. In its own shape that goes whole: slices of it are copies.
+    rows = (B * T, -1) if B * T > 1 else (-1,)
+    whole = jnp.concatenate([q.reshape(rows), kv.reshape(rows)], axis=-1)
+    heads = whole.reshape(B, T, -1, H)
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
-    q = rope_append_kernel.rotate_and_append(q, kv, cos, sin, slots, keys_ref, values_ref)
+    q = rope_append_kernel.rotate_and_append(heads, cos, sin, slots, keys_ref, values_ref)
     return q, jax.freeze(keys_ref), jax.freeze(values_ref)

@@ -22,32 +22,35 @@ _WARPS, _LANES = 4, 32
 
 
 def rotate_and_append(
-    q: jax.Array, kv: jax.Array, cos: jax.Array, sin: jax.Array, slots: jax.Array,
-    keys_ref: Any, values_ref: Any,
+    projected: jax.Array, cos: jax.Array, sin: jax.Array, slots: jax.Array, keys_ref: Any,
+    values_ref: Any,
 ) -> jax.Array:  # fmt: skip
     """Runs the kernel: returns the queries [B, T, N, H], and writes keys and values in place.
 
-    The arguments are those of `rope_append.rotate_and_append`, the caches as references."""
-    B, T, N, _ = q.shape
-    K = kv.shape[3]
+    Args:
+      projected: [B, T, N + 2 K, H], heads of queries, keys and values.
+      keys_ref, values_ref: the caches. They and the others are as in `rope_append`.
+    """
+    B, T, heads, H = projected.shape
+    K = keys_ref.shape[2]
+    N = heads - 2 * K
     heads = math.gcd(K, _WARPS)
     return plgpu.kernel(
         functools.partial(_kernel, heads=heads),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=jax.ShapeDtypeStruct((B, T, N, H), projected.dtype),
         grid=((N + K) // heads, T, B),
         grid_names=("group", "token", "batch"),
         # A thread stores what it has loaded itself, so nobody needs to wait for another.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name="rope_append",
-    )(q, kv, cos, sin, slots, keys_ref, values_ref)
+    )(projected, cos, sin, slots, keys_ref, values_ref)
 
 
-def _kernel(
-    q_ref, kv_ref, cos_ref, sin_ref, slots_ref, keys_ref, values_ref, out_ref, *, heads: int
-):
+def _kernel(projected_ref, cos_ref, sin_ref, slots_ref, keys_ref, values_ref, q_ref, *, heads: int):
     """Some heads of one token: of its queries, or of its keys and values."""
     group, t, b = map(lax.axis_index, ("group", "token", "batch"))
     _, _, N, H = q_ref.shape
+    _, S, K, _ = keys_ref.shape
     halves = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
     layout = _layout(heads, H // 2)
     slot = slots_ref[b, t]
@@ -56,34 +59,36 @@ def _kernel(
         for ref in (cos_ref, sin_ref)
     )
 
-    def load(ref):
-        return [plgpu.load(ref.at[:, half], layout=layout, optimized=False) for half in halves]
+    def load(first):
+        rows = projected_ref.at[b, t, pl.ds(first, heads)]
+        return [plgpu.load(rows.at[:, half], layout=layout, optimized=False) for half in halves]
 
     def rotated(first, second):
         first, second = first.astype(jnp.float32), second.astype(jnp.float32)
         turned = first * cos - second * sin, second * cos + first * sin
-        return [x.astype(q_ref.dtype) for x in turned]
+        return [x.astype(projected_ref.dtype) for x in turned]
 
     def store(ref, values):
         for half, value in zip(halves, values, strict=True):
             ref[:, half] = value.astype(ref.dtype)
 
-    @pl.when(group * heads < N)
-    def _rotate():
-        mine = b, t, pl.ds(group * heads, heads)
-        store(out_ref.at[mine], rotated(*load(q_ref.at[mine])))
+    first = group * heads
 
-    @pl.when(group * heads >= N)
+    @pl.when(first < N)
+    def _rotate():
+        store(q_ref.at[b, t, pl.ds(first, heads)], rotated(*load(first)))
+
+    @pl.when(first >= N)
     def _append():
-        mine = pl.ds(group * heads - N, heads)
-        k, v = load(kv_ref.at[b, t, 0, mine]), load(kv_ref.at[b, t, 1, mine])
-        # Or the compiler would load them only once the slot is there.
+        k, v = load(first), load(first + K)
+        # Or the compiler would load them only once it is known that they are stored.
         k, v = lax.optimization_barrier((rotated(*k), v))
 
-        @pl.when((slot >= 0) & (slot < keys_ref.shape[1]))
+        @pl.when((slot >= 0) & (slot < S))
         def _store():
-            store(keys_ref.at[b, slot, mine], k)
-            store(values_ref.at[b, slot, mine], v)
+            mine = b, slot, pl.ds(first - N, heads)
+            store(keys_ref.at[mine], k)
+            store(values_ref.at[mine], v)
 
 
 def _layout(heads, columns):
