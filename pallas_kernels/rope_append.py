@@ -31,8 +31,8 @@ def rotate_and_append(
     Args:
       q: [B, T, N, H]. kv: [B, T, 2, K, H], keys and then values, in q's dtype.
       cos, sin: [B, T, 1, H / 2] float32, of the tokens' positions.
-      slots: [B, T] int32, where each token goes, none of [0, S) twice in a row; at S and on it is
-        not written.
+      slots: [B, T] int32, where each token goes, none of [0, S) twice in a row; one that belongs
+        elsewhere is not written.
       keys, values: [B, S, K, H]; a jitted step that takes them donated writes them in place.
 
     Returns:
@@ -80,10 +80,12 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
 
 def write_slots(cache: Array, new: Array, slots: Array) -> Array:
     """The cache [B, S, K, H] with the new tokens [B, T, K, H] in their slots [B, T]. What belongs
-    in slot S or later is dropped."""
+    in none of [0, S) is dropped; of the others none may be there twice in a row."""
     row = jnp.broadcast_to(jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None], slots.shape)
     # A dynamic_update_slice would clamp instead, over the newest tokens.
-    return cache.at[row, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+    return cache.at[row, slots].set(
+        new.astype(cache.dtype), mode="drop", unique_indices=True, wrap_negative_indices=False
+    )
 
 
 @jax.custom_vjp

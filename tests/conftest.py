@@ -29,6 +29,8 @@ KERNEL_TESTS = [
     "test_prefill.py",
     "test_prefill_gpu.py",
     "test_read_kernel.py",
+    "test_rope_append.py",
+    "test_rope_append_gpu.py",
 ]
 collect_ignore = KERNEL_TESTS if jax.__version_info__ < (0, 11, 2) else []
 
