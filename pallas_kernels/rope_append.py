@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdecode.pallas_kernels import flash_decode
-from jaxdecode.pallas_kernels.varying import vary_alike
+from jaxdecode.pallas_kernels.varying import vary_alike, vary_over_none
 
 Array = jax.Array
 
@@ -129,6 +129,6 @@ def _forward(q, kv, cos, sin, slots, keys, values):
     rows = (B * T, -1) if B * T > 1 else (-1,)
     whole = jnp.concatenate([q.reshape(rows), kv.reshape(rows)], axis=-1)
     heads = whole.reshape(B, T, -1, H)
-    keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
+    keys_ref, values_ref = (jax.new_ref(vary_over_none(x)) for x in (keys, values))
     q = rope_append_kernel.rotate_and_append(heads, cos, sin, slots, keys_ref, values_ref)
     return q, jax.freeze(keys_ref), jax.freeze(values_ref)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 Array = jax.Array
 
@@ -28,3 +30,14 @@ def vary_over(x: Array, axes: frozenset[Any]) -> Array:
 def varying_axes(x: Array) -> frozenset[Any]:
     """The mesh axes over which x may differ between devices."""
     return frozenset(jax.typeof(x).mat.varying)
+
+
+def vary_over_none(x: Array) -> Array:
+    """The same value, typed as equal on all devices, which it need not be. A kernel writes into no
+    reference of another type; what comes out of it has to be cast back by `vary_over`."""
+    return _vary_over_none.bind(x) if varying_axes(x) else x
+
+
+_vary_over_none = Primitive("vary_over_none")
+_vary_over_none.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_vary_over_none, lambda _, x: [x])

@@ -22,6 +22,7 @@ from jaxdecode.models.sharding import fit_mesh
 from jaxdecode.pallas_kernels import flash_decode, rope_append
 from jaxdecode.pallas_kernels.rope_append import plainly, rotate_and_append, why_not
 
+KERNEL = "custom_call @mosaic_gpu"
 S = 128
 # Full rows, the last slots and those past the end, padding, and none at all.
 SLOTS = np.array([[5, 6, 7, 8], [S - 2, S - 1, S, S + 1], [-1, 9, S + 9, -7], [-1, S, -3, S + 3]])
@@ -49,6 +50,16 @@ def shapes(*args):
     return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(*args)]
 
 
+def assert_same(found, expected, dtype):
+    """The same but where a multiplication and an addition in one operation, or not, decided how a
+    value was rounded."""
+    for x, y in zip(found, expected, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        assert np.mean(x != y, where=~np.isnan(y)) < 0.01
+        np.testing.assert_allclose(x, y, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
+
+
 def assert_same_bits(found, expected):
     for x, y in zip(found, expected, strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
@@ -65,11 +76,11 @@ def assert_same_bits(found, expected):
         (4, 4, 2, 2, 192, "bfloat16", "float16"),
     ],
 )
-def test_interpreted_bits_are_those_of_the_plain_formula(
-    interpreter, B, T, N, K, H, dtype, cache_dtype
-):
+def test_interpreted_it_rounds_as_the_plain_formula(interpreter, B, T, N, K, H, dtype, cache_dtype):
     arguments = operands(B, T, N, K, H, dtype, cache_dtype)
-    assert_same_bits(rotate_and_append(*arguments), plainly(*arguments))
+    found, expected = rotate_and_append(*arguments), plainly(*arguments)
+    assert_same(found, expected, dtype)
+    assert_same_bits(found[2:], expected[2:])
 
 
 def test_only_real_slots_are_written(interpreter):
@@ -122,9 +133,6 @@ def test_lowers_for_cuda_with_the_caches_in_place(tokens, heads, H):
         assert f"output_tuple_indices = [{output}], operand_index = {operand}" in kernel
 
 
-KERNEL = "custom_call @mosaic_gpu"
-
-
 def test_inside_shard_map_results_vary_as_their_operands():
     """Or else out_specs=P() would pass with other data on each device."""
     arguments = [jnp.asarray(x) for x in operands()]
@@ -140,7 +148,7 @@ def test_inside_shard_map_results_vary_as_their_operands():
         return sum(jnp.sum(x.astype(jnp.float32)) for x in sharded(*arguments))
 
     assert KERNEL in lowered_for_cuda(total, *arguments)
-    assert KERNEL in lowered_for_cuda(jax.grad(total, argnums=(0, 1, 2, 3, 5, 6)), *arguments)
+    assert KERNEL in lowered_for_cuda(jax.value_and_grad(total, (0, 1, 2, 3, 5, 6)), *arguments)
     equal = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P())
     with pytest.raises(ValueError, match="out_specs"):
         jax.jit(equal).trace(*arguments)
