@@ -53,8 +53,8 @@ def why_not(q: Any, keys: Any) -> str | None:
             f"the kernel takes {' and '.join(flash_decode.DTYPES)} for caches of "
             f"{', '.join(CACHE_DTYPES)}, not {q.dtype} for {keys.dtype}"
         )
-    if H % 16:
-        return f"the kernel takes a head_dim that is a multiple of 16, not {H}"
+    if H % 128:
+        return f"the kernel takes a head_dim that is a multiple of 128, not {H}"
     if B * T > MOST_TOKENS:
         return f"the kernel is for up to {MOST_TOKENS} tokens in a step, not {B * T}"
     return flash_decode.why_not_here()

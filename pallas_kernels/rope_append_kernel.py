@@ -92,19 +92,15 @@ def _kernel(projected_ref, cos_ref, sin_ref, slots_ref, keys_ref, values_ref, q_
 
 
 def _layout(heads, columns):
-    """How the threads hold [heads, columns], columns a multiple of 8: a warp has a head, and where
-    there are fewer of either than that takes, several do the same. A thread has two columns or four
-    at once."""
-    lanes = math.gcd(columns // 2, _LANES)
-    width = math.gcd(columns // lanes, 4)
-    tiling = plgpu.Tiling(((heads, lanes * width), (width,)))
-    return plgpu.Layout.TILED(tiling, _over(-3, heads, _WARPS), _over(-2, lanes, _LANES), -1)
-
-
-def _over(dimension, size, units):
-    """A dimension of the layout's tiles spread over so many warps or lanes."""
-    parts = (dimension,) if size > 1 else ()
-    return parts if size == units else (*parts, plgpu.Replicated(units // size))
+    """How the threads hold [heads, columns], columns a multiple of 64: a warp has a head, or where
+    there are fewer heads than warps several have the same one. So a warp reads and writes whole
+    lines of 128 bytes, which Mosaic insists on from jax 0.12 on."""
+    width = math.gcd(columns // _LANES, 4)
+    warps = (-3,) if heads > 1 else ()
+    if heads < _WARPS:
+        warps = (*warps, plgpu.Replicated(_WARPS // heads))
+    tiling = plgpu.Tiling(((heads, _LANES * width), (width,)))
+    return plgpu.Layout.TILED(tiling, warps, (-2,), -1)
 
 
 def _for_all(row, layout):

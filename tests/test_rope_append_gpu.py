@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "float32")], ids=str)
-@pytest.mark.parametrize("H", [16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("H", [128, 256])
 @pytest.mark.parametrize("heads", [(64, 8), (9, 3), (8, 1), (6, 6)], ids=str)
 @pytest.mark.parametrize("tokens", [(1, 1), (4, 4), (64, 1), (1, 64)], ids=str)
 def test_gpu_rounds_as_the_plain_formula(tokens, heads, H, dtypes):
