@@ -71,6 +71,8 @@ def test_fusions_are_what_they_consist_of(items):
         ("all_reduce_add_norm_mosaic_gpu_kernel", "collectives"),
         ("exchange_and_merge_mosaic_gpu_kernel", "collectives"),
         ("peer_sum_mosaic_gpu_kernel", "collectives"),
+        ("peer_sum_and_norm_mosaic_gpu_kernel", "collectives"),
+        ("add_and_norm_mosaic_gpu_kernel", "rest"),
         ("peer_merge_mosaic_gpu_kernel", "collectives"),
         ("flash_decode_split_mosaic_gpu_kernel", "attention"),
         ("flash_decode_combine_mosaic_gpu_kernel", "attention"),
@@ -109,7 +111,7 @@ def test_the_kernels_of_the_package_have_names_that_say_it(items, project_root):
         found |= {name: items.item_of_kernel(f"{name}_mosaic_gpu_kernel", {}) for name in names}
     assert len(found) >= 7
     assert {name for name, item in found.items() if item == "collectives"} == {
-        "peer_sum", "peer_merge",
+        "peer_sum", "peer_sum_and_norm", "peer_merge",
     }  # fmt: skip
     assert {name for name, item in found.items() if item == "attention"} == {
         name for name in found if name.startswith("flash_decode")
