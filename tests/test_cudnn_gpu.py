@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from reference import assert_close, low_precision_attention, make_case, reference_attention
 
@@ -91,7 +92,7 @@ def test_vmap_and_gradient():
 
 def test_inside_shard_map():
     arrays = operands(many_short())
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     sharded = jax.shard_map(
         decode_attention, mesh=mesh, in_specs=(P("data"),) * 4, out_specs=P("data")
     )
