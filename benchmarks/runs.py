@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from source_hash import source_hash
 
 from jaxdecode import bench, bench_output
@@ -131,12 +132,12 @@ class CompileAhead:
 
     def __init__(self, dispatches: Sequence[Callable[[], bench.Dispatch]]):
         self._left = dispatches[1:]
+        if self._left:
+            jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            compilation_cache.reset_cache()  # or a process without one stays without
 
     def __call__(self) -> None:
-        if not self._left:
-            return
-        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         with concurrent.futures.ThreadPoolExecutor(_COMPILE_THREADS) as pool:
             for dispatch in self._left:
                 with contextlib.suppress(DeviceError):

@@ -101,7 +101,8 @@ class Bench:
       name: of the model, for the rows.
       read_ceiling: bytes per second, see `jaxdecode.read_bandwidth`.
       tokens: generated per measurement, all in one dispatch.
-      repetitions: measurements per row, after one that compiles and warms up.
+      repetitions: measurements per row, after one that compiles, and of decoding one more: at its
+        second run XLA records on a GPU what it launches from then on.
 
     Raises:
       RequestError: a value is out of range.
@@ -143,8 +144,12 @@ class Bench:
             _test_name(self.tokens, lengths), dispatch.choice,
             batch=len(lengths), depth=list(lengths) if len(set(lengths)) > 1 else lengths[0],
             capacity=dispatch.capacity, tokens=self.tokens, num_bytes=round(num_bytes),
-            seconds=[dispatch() for _ in range(self.repetitions + 1)],
+            seconds=self._times(dispatch),
         )  # fmt: skip
+
+    def _times(self, dispatch: Dispatch) -> list[float]:
+        compiling, _, *seconds = (dispatch() for _ in range(self.repetitions + 2))
+        return [compiling, *seconds]
 
     def dispatch(
         self, lengths: Sequence[int], implementation: str = "auto", *, capacity: int | None = None

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecode.pallas_kernels import decode_attention
@@ -41,18 +40,13 @@ def out_of_bounds():
 
 
 def race():
-    """One warpgroup writes shared memory that another reads, and neither waits for the other."""
+    """Two warpgroups write the same shared memory, and neither waits for the other."""
 
     def kernel(out_ref, smem):
+        thread = lax.axis_index("thread").astype(jnp.float32)
         layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
-
-        @pl.when(lax.axis_index("thread") == 0)
-        def _():
-            smem[...] = plgpu.layout_cast(jnp.ones((128,), jnp.float32), layout)
-
-        @pl.when(lax.axis_index("thread") == 1)
-        def _():
-            out_ref[...] = plgpu.load(smem, layout=layout)
+        smem[...] = plgpu.layout_cast(jnp.full((128,), thread), layout)
+        out_ref[...] = plgpu.load(smem, layout=layout)
 
     plgpu.kernel(
         kernel,
