@@ -18,7 +18,7 @@ _RING_BYTES = 128 * 1024
 TILE = 64
 # Up to so many query rows the keys fill them instead.
 _MOST_TRANSPOSED_ROWS = 16
-# Of thread blocks whose query rows fill them, where the ring has two slots for each.
+# Warpgroups that take turns where query rows fill them and the ring has two slots for each.
 _CONSUMERS = 2
 _ITEM_BYTES = 2
 
@@ -101,12 +101,14 @@ def split_config(
     narrow = _width(H) <= 128
     # Few narrow rows leave registers and shared memory for tall tiles.
     block_kv = 128 if S >= 128 and transposed and narrow else 64
+    consumers = 1 if transposed or not narrow else _CONSUMERS
+    stages = _RING_BYTES // (2 * block_kv * _width(H) * _ITEM_BYTES)
     return SplitConfig(
         num_splits=num_splits,
         head_dim=H,
         block_kv=block_kv,
-        stages=_RING_BYTES // (2 * block_kv * _width(H) * _ITEM_BYTES),
-        consumers=1 if transposed or not narrow else _CONSUMERS,
+        stages=stages // consumers * consumers,
+        consumers=consumers,
         transposed=transposed,
         block_t=block_t,
         block_g=block_g,
