@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecode.pallas_kernels import decode_attention
@@ -40,13 +41,17 @@ def out_of_bounds():
 
 
 def race():
-    """Two warpgroups write the same shared memory, and neither waits for the other."""
+    """Two warpgroups write the same shared memory, and neither waits for the other. So often that
+    they do it at the same time: the tool forgets a warp that has ended."""
 
     def kernel(out_ref, smem):
         thread = lax.axis_index("thread").astype(jnp.float32)
         layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
-        smem[...] = plgpu.layout_cast(jnp.full((128,), thread), layout)
-        out_ref[...] = plgpu.load(smem, layout=layout)
+
+        @pl.loop(0, 1000)
+        def _(i):
+            smem[...] = plgpu.layout_cast(jnp.full((128,), thread + i), layout)
+            out_ref[...] = plgpu.load(smem, layout=layout)
 
     plgpu.kernel(
         kernel,
