@@ -45,7 +45,13 @@ def draw_depth(results: Results, path: pathlib.Path) -> None:
     """Tokens per second against the context, the planner's prediction dotted."""
     rows = [row | {"implementation": _how(row, results["rows"])} for row in results["rows"]]
     predicted = [
-        row | {"implementation": "planner_model", "tok_s": row["predicted_tok_s"]} for row in rows
+        row
+        | {
+            "implementation": "planner_model",
+            "tok_s": row["predicted_tok_s"],
+            "tok_s_std": None,
+        }
+        for row in rows
     ]
     title = f"{_what(rows)}, on {results['device']}"
     bench_output.draw_chart([*rows, *predicted], path, x="depth", title=title)

@@ -34,6 +34,8 @@ _COLORS = {
     "flash_decode_nosplit": "#a63d57",
 }
 _MODEL_COLOR = "#777777"
+# A standard deviation of more than this share of the mean says that something else was going on.
+_STEADY = 0.02
 
 
 def results(ceiling: ReadCeiling, rows: Rows) -> dict[str, Any]:
@@ -126,7 +128,8 @@ def draw_chart(rows: Rows, path: Path, *, x: str = "depth", title: str = "") -> 
     """Draws tokens per second against `x`, a line per implementation, and the bound dashed.
 
     The chart of the Flash-Decoding article, https://pytorch.org/blog/flash-decoding/. Prompts,
-    ragged batches and depth 0 have no place in it.
+    ragged batches and depth 0 have no place in it. Where repetitions differ by more than 2 % the
+    point is hollow, with its standard deviation, and no line goes through it.
 
     Args:
       path: a .png, .svg or .pdf file.
@@ -175,16 +178,32 @@ def _draw_lines(axes: Axes, rows: Rows, x: str) -> None:
         bound = sorted({row[x]: row["bound_tok_s"] for row in members}.items())
         axes.plot(*zip(*bound, strict=True), "k--", label=f"upper bound{suffix}")
         for name in dict.fromkeys(row["implementation"] for row in members):
-            points = sorted(
-                (row[x], row["tok_s"])
-                for row in members
+            measured = [
+                row
+                for row in sorted(members, key=lambda row: row[x])
                 if row["implementation"] == name and row["tok_s"] is not None
-            )
-            if points:
-                computed = name.endswith("_model")
-                style = "o:" if computed else "o-"
-                color = None if group else _COLORS.get(name, _MODEL_COLOR if computed else None)
-                axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}{suffix}")
+            ]
+            if measured:
+                color = _COLORS.get(name, _MODEL_COLOR if name.endswith("_model") else None)
+                _draw_line(axes, measured, x, None if group else color, f"{name}{suffix}")
+
+
+def _draw_line(axes: Axes, rows: Rows, x: str, color: str | None, label: str) -> None:
+    """A line through the steady points; those that varied stand beside it, hollow, with how much
+    they did."""
+    style = "o:" if rows[0]["implementation"].endswith("_model") else "o-"
+    steady = [(row[x], row["tok_s"]) for row in rows if not _varied(row)]
+    points = zip(*steady, strict=True) if steady else ([], [])
+    (line,) = axes.plot(*points, style, label=label, color=color)
+    varied = [(row[x], row["tok_s"], row["tok_s_std"]) for row in rows if _varied(row)]
+    if varied:
+        depths, speeds, deviations = zip(*varied, strict=True)
+        axes.errorbar(depths, speeds, deviations, fmt="o", color=line.get_color(), mfc="white")
+
+
+def _varied(row: Mapping[str, Any]) -> bool:
+    """Whether the repetitions tell little of the speed."""
+    return (row["tok_s_std"] or 0.0) > _STEADY * row["tok_s"]
 
 
 def readable_count(count: int) -> str:

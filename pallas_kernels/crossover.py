@@ -20,11 +20,11 @@ WIDE_ROWS = 128
 # wide-query kernel: against 32k tokens 2.5 us for a row block, 415 us for a round of 132 blocks. It
 # tells the faster one for 17 to 256 tokens of 64/8 and of 16/2 heads.
 _ROW_BLOCKS_PER_ROUND = 72
-# cuDNN, which gives every KV head of a sequence a small block of its own and merges nothing, takes
-# 15 to 18 % less time than the split kernels for 256 x 256, 128 x 512 and 64 x 1024 tokens of 16/2
-# heads, and as much for 32 x 2048.
-_CUDNN_LEAST_HEADS = 128
-_CUDNN_MOST_CAPACITY = 1024
+# cuDNN gives every KV head of a sequence a small block of its own and merges nothing: 25.2 us where
+# the split kernels take 26.7 for 256 x 256 tokens of 16/2 heads. For 128 x 512 (23.7 and 23.9) and
+# 64 x 1024 (22.3 and 22.7) it takes longer back to back; from 32 x 2048 on it is the slower one.
+_CUDNN_LEAST_HEADS = 512
+_CUDNN_MOST_CAPACITY = 256
 
 
 def wide_is_faster(q_shape: Shape, k_shape: Shape) -> bool:
