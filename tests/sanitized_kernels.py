@@ -18,10 +18,12 @@ from jaxdecode.pallas_kernels import decode_attention
 
 
 def flash_decode():
-    """Capacities that are and are not a multiple of a tile, one query token and several."""
+    """Capacities that are and are not a multiple of a tile, one query token and several, few query
+    rows and as many as two warpgroups share."""
     rng = np.random.default_rng(0)
-    for S, T, num_splits in ((512, 1, None), (200, 3, 3), (512, 2, 1)):
-        shapes = ((2, T, 8, 128), (2, S, 2, 128), (2, S, 2, 128))
+    cases = ((512, 1, 4, None), (200, 3, 4, 3), (512, 2, 4, 1), (512, 1, 32, None), (200, 2, 32, 2))
+    for S, T, group, num_splits in cases:
+        shapes = ((2, T, 2 * group, 128), (2, S, 2, 128), (2, S, 2, 128))
         q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
         kv_len = jnp.asarray([S, S // 2 + 1], jnp.int32)
         out = decode_attention(
