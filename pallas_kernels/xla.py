@@ -22,6 +22,8 @@ Shape = tuple[int, ...]
 # Blocks are sized so that logits, weights and converted K/V of one block stay below this.
 _BLOCK_BYTES = 96 * 2**20
 _SMALLEST_BLOCK = 16
+# Of a query row: a logit, its weight, and the weight as it is multiplied.
+_ROW_BYTES_PER_SLOT = 12
 # On CPU a loop step costs nothing, and small blocks stay in the cache and skip what nobody sees.
 _CPU_BLOCK = 512
 
@@ -58,8 +60,11 @@ def _attend(q, k, v, lo, hi, scale, softcap):
     return lax.platform_dependent(
         q, k, v, lo, hi,
         cpu=functools.partial(forward, block=_CPU_BLOCK, dynamic=True),
-        # Elsewhere a dynamic trip count sends the loop's predicate to the host at each step.
-        default=functools.partial(forward, block=block, dynamic=False),
+        # Elsewhere a dynamic trip count sends the loop's predicate to the host at each step, and
+        # each step of a loop copies its keys and values: a decode step does without.
+        default=functools.partial(
+            forward, block=k.shape[1] if _fits_whole(q, k) else block, dynamic=False
+        ),
     )  # fmt: skip
 
 
@@ -234,6 +239,13 @@ def block_bytes(q_shape: Shape, k_shape: Shape, platform: str) -> int:
     return slot * (min(slots, _CPU_BLOCK) if platform == "cpu" else slots)
 
 
+def _fits_whole(q, k):
+    """Whether all logits and weights stay below the limit, where K and V are multiplied as they
+    are. Zeroing what nobody sees of V copies it, which whoever plans memory counts by itself."""
+    (B, T, N, _), S = q.shape, k.shape[1]
+    return B * N * T * S * _ROW_BYTES_PER_SLOT <= _BLOCK_BYTES
+
+
 def _block_size(q, k):
     block = max(_SMALLEST_BLOCK, _BLOCK_BYTES // _bytes_per_slot(q.shape, k.shape))
     # Powers of two make edges predictable and keep the last block's overlap small.
@@ -242,4 +254,4 @@ def _block_size(q, k):
 
 def _bytes_per_slot(q_shape, k_shape):
     (B, T, N, H), (_, _, K, _) = q_shape, k_shape
-    return 12 * B * N * T + 16 * B * K * H
+    return _ROW_BYTES_PER_SLOT * B * N * T + 16 * B * K * H
