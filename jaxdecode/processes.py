@@ -206,6 +206,31 @@ def random_seed(sharding: Sharding) -> int:
     return int(said[min(said)][0])
 
 
+def gather_texts(sharding: Sharding, text: str) -> dict[int, str]:
+    """What each process of a mesh says, by process; each waits until all have spoken."""
+    data = text.encode(errors="surrogateescape")
+    sizes = {
+        process: int(size[0])
+        for process, size in _gathered(sharding, np.array([len(data)], np.uint32)).items()
+    }
+    longest = max(sizes.values())
+    # Rounded up, because each length is compiled anew.
+    padded = data.ljust(-(-longest // 4096) * 4096, b"\0")
+    rows = _gathered(sharding, np.frombuffer(padded, np.uint32)) if longest else {}
+    return {
+        process: rows[process].tobytes()[:size].decode(errors="surrogateescape") if size else ""
+        for process, size in sizes.items()
+    }
+
+
+def ranks(sharding: Sharding) -> tuple[int, int]:
+    """The first process of a mesh, and this one; the same without a mesh."""
+    own = jax.process_index()
+    mesh = sharding.mesh
+    processes = [own] if mesh is None else [device.process_index for device in mesh.devices.flat]
+    return min(processes), own
+
+
 def _gathered(sharding: Sharding, words: np.ndarray) -> dict[int, np.ndarray]:
     """What each process of the mesh passes, by process; words is [n] uint32 in each."""
     mesh = sharding.mesh

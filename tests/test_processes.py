@@ -68,10 +68,6 @@ def run(directory):
     with contextlib.suppress(RequestError):
         generate(PROMPTS[: 2 + jax.process_index()])
         found["other prompts"] = "accepted"
-    try:
-        jd.save(model, f"{directory}-saved")
-    except jd.DecodeError as error:
-        found["save"] = str(error)
     return found
 
 
@@ -137,8 +133,6 @@ def test_two_processes_find_what_one_does(tiny, children):
     assert max(result["bytes"] for result in found) < 0.7 * alone["bytes"]
     assert sum(result["bytes"] for result in found) >= alone["bytes"]
     assert [result.get("other prompts") for result in (*found, alone)] == [None, None, "accepted"]
-    assert all("cannot save a model together" in result["save"] for result in found)
-    assert alone.get("save") is None
 
 
 @pytest.fixture(scope="module")

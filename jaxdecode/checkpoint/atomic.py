@@ -13,8 +13,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
 from jaxdecode.checkpoint.files import shown, sync
 from jaxdecode.errors import CheckpointError
 
@@ -25,7 +23,7 @@ _DISK_ERRORS = (
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
+def new_directory(path: Path, num_bytes: int, hidden: Path | None = None) -> Iterator[Path]:
     """A directory to fill, which takes the name `path` once the block ends without an error.
 
     It is filled under a hidden name beside `path` and renamed when all of it is on the disk. After
@@ -34,23 +32,18 @@ def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
     Args:
       path: must not exist, or be an empty directory.
       num_bytes: about what will be written; checked against the free space first.
+      hidden: one of `hidden_directory`; None: any.
 
     Raises:
-      CheckpointError: `path` exists, the disk is full or not writable, or this is one process of
-        several: each has parts of the weights only.
+      CheckpointError: `path` exists, or the disk is full or not writable.
     """
-    if jax.distributed.is_initialized():
-        raise CheckpointError(
-            f"{path}: several processes cannot save a model together; load it in one process, "
-            "where the CPU's memory is enough, and save it there"
-        )
-    parent, prefix = path.parent, _hidden_prefix(path.name)
+    parent = path.parent
+    temporary = hidden or hidden_directory(path, secrets.randbits(32))
     try:
         _check_free(path)
         parent.mkdir(parents=True, exist_ok=True)
-        _sweep(parent, prefix)
+        _sweep(parent, _hidden_prefix(path.name))
         _check_space(path, num_bytes)
-        temporary = parent / f"{prefix}{secrets.token_hex(4)}"
         temporary.mkdir()
     except OSError as error:
         raise write_error(path, error) from None
@@ -66,6 +59,11 @@ def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
     finally:
         os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def hidden_directory(path: Path, number: int) -> Path:
+    """Where `path` is filled: a name that differs by path and by number, of 32 bits."""
+    return path.with_name(f"{_hidden_prefix(path.name)}{number:08x}")
 
 
 def write_error(path: Path, error: BaseException) -> CheckpointError:

@@ -36,6 +36,7 @@ from jaxdecode.checkpoint.source import (
     common_dtype,
     numpy_dtype,
 )
+from jaxdecode.errors import CheckpointError
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.llama import Llama, param_shapes
 
@@ -85,6 +86,11 @@ def export_safetensors(
       RequestError: dtype is not float32, bfloat16 or float16.
     """
     path = Path(path).absolute()
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        raise CheckpointError(
+            f"{path}: several processes cannot export a model together; `save` it with them, load "
+            "that in one process, and export it there"
+        )
     config, open_weight, tokenizer = _inputs(source_or_model, tokenizer)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=checked_dtype(dtype))

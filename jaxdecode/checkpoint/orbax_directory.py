@@ -19,7 +19,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
-from jaxdecode.checkpoint.atomic import new_directory, write_error
+from jaxdecode.checkpoint.atomic import write_error
 from jaxdecode.checkpoint.files import shown
 from jaxdecode.checkpoint.hf_config import read_config, write_config
 from jaxdecode.checkpoint.hf_layout import Index, bounded
+from jaxdecode.checkpoint.joint import JointSave
 from jaxdecode.checkpoint.source import TensorInfo, check_shapes, common_dtype, main_dtype
 from jaxdecode.errors import CheckpointError, PathError
 from jaxdecode.models.config import DTYPES, LlamaConfig
@@ -39,9 +41,12 @@ from jaxdecode.models.llama import param_shapes
 
 if TYPE_CHECKING:
     from jaxdecode.models.llama import Llama
+    from jaxdecode.models.sharding import Sharding
     from jaxdecode.tokenizer import Tokenizer
 
 WEIGHTS_NAME = "weights"
+# Orbax's notes on its arrays. Its other processes would wait minutes for the first to make it.
+_NOTES_NAME = "array_metadatas"
 _ARRAY_SUFFIX = b"/.zarray"
 # Arrays are cut into pieces of this size, so that a device that needs a part reads little else.
 _CHUNK_BYTES = 32 << 20
@@ -57,14 +62,19 @@ def save(model: Llama, path: str | os.PathLike[str], tokenizer: Tokenizer | None
     The directory holds `weights/` (Orbax), config.json, generation_config.json and, if a tokenizer
     is given, its files. It appears under its name only once it is complete.
 
+    Where the model's mesh spans several processes, all of them call this together, with the same
+    path on a file system that they share. Each writes its own parts of the weights, and all return,
+    or all raise, once the directory is complete or will not be.
+
     Args:
       model: its weights keep their dtype.
       path: directory to make; must not exist yet, or be empty.
-      tokenizer: saved beside the weights.
+      tokenizer: saved beside the weights; of several processes, that of the first counts.
 
     Raises:
-      CheckpointError: `path` exists, the disk is full or not writable, or this is one process of
-        several; nothing is left behind.
+      CheckpointError: `path` exists, the disk is full or not writable, any of this happened in
+        another process, the processes share no directory of that name, or the model lies in this
+        process alone of several. Nothing is left behind.
     """
     params = model.params()
     path = Path(path).absolute()
@@ -73,47 +83,86 @@ def save(model: Llama, path: str | os.PathLike[str], tokenizer: Tokenizer | None
             f"{path}: Orbax cannot write below a directory with *, ? or [ in its name; "
             "choose another place"
         )
+    _check_shared(path, model.sharding)
     config = dataclasses.replace(model.config, dtype=common_dtype(params))
-    with new_directory(path, sum(param.nbytes for param in params.values())) as directory:
-        write_config(directory, config)
-        if tokenizer is not None:
-            tokenizer.save(directory)
-        _save_weights(path, directory / WEIGHTS_NAME, params)
-        open_orbax_directory(directory).close()
+    joint = JointSave(path, model.sharding)
+    with joint.new_directory(sum(param.nbytes for param in params.values())) as directory:
+        with joint.step():
+            if joint.leads:
+                write_config(directory, config)
+                if tokenizer is not None:
+                    tokenizer.save(directory)
+                (directory / WEIGHTS_NAME / _NOTES_NAME).mkdir(parents=True)
+        _save_weights(path, directory / WEIGHTS_NAME, params, joint)
+        if joint.leads:
+            written = open_orbax_directory(directory)
+            written.check_whole()
+            written.close()
 
 
-def _save_weights(path: Path, directory: Path, params: dict[str, jax.Array]) -> None:
-    """Write the weights with Orbax, in a thread of its own, so that Ctrl-C does not break it.
+def _check_shared(path: Path, sharding: Sharding) -> None:
+    several = sharding.mesh is not None and sharding.mesh.is_multi_process
+    if jax.process_count() > 1 and not several:
+        raise CheckpointError(
+            f"{path}: this model lies in process {jax.process_index()} alone, one of "
+            f"{jax.process_count()}; load it onto a mesh over the devices of all, or save it where "
+            "one process runs by itself"
+        )
+
+
+def _save_weights(
+    path: Path, directory: Path, params: dict[str, jax.Array], joint: JointSave
+) -> None:
+    """Write the weights with Orbax: each process its parts, then the leader what binds them.
+
+    Orbax's Checkpointer would do both at once, but where one process fails, the others would wait
+    for it forever.
 
     Args:
       path: for messages.
-      directory: to make.
+      directory: to fill.
       params: the weights.
+      joint: who else writes.
     """
-    failures: list[CheckpointError] = []
-    done = threading.Event()
+    # Weights hardly shrink when compressed, and saving would take several times as long.
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        use_ocdbt=True,
+        use_zarr3=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=joint.leader),
+    )
+    chunked = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in params}
+    args = ocp.args.PyTreeSave(params, save_args=chunked)
+    target = epath.Path(directory)  # the only kind that Orbax's handlers take
+    with contextlib.closing(handler):
+        with joint.step():
+            _run_orbax(path, directory, lambda: handler.save(target, args=args))
+        if joint.leads:
+            _run_orbax(path, directory, lambda: handler.finalize(target))
 
-    def write() -> None:
-        # Weights hardly shrink when compressed, and saving would take several times as long.
-        handler = ocp.PyTreeCheckpointHandler(
-            use_compression=False, use_ocdbt=True, use_zarr3=False
-        )
-        chunked = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in params}
-        args = ocp.args.PyTreeSave(params, save_args=chunked)
+
+def _run_orbax(path: Path, directory: Path, write: Callable[[], None]) -> None:
+    """Write below `directory` in a thread of its own, so that Ctrl-C does not break Orbax."""
+    failures: list[CheckpointError] = []
+    begin, done = threading.Event(), threading.Event()
+
+    def run() -> None:
+        begin.wait()  # so that an interruption while the thread starts finds nothing written
         try:
-            with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
-                checkpointer.save(directory, args=args)
+            write()
         except Exception as error:  # noqa: BLE001  # a full disk is TensorStore's ValueError
             failures.append(write_error(path, error))
         finally:
             done.set()
 
     with _orbax_muted():
-        threading.Thread(target=write, daemon=True).start()
+        threading.Thread(target=run, daemon=True).start()
         try:
+            begin.set()
             done.wait()  # not join, which does not survive an interruption before Python 3.13
         except BaseException:
-            _stop_writing(directory.parent, done)
+            begin.set()
+            _stop_writing(directory / f"ocdbt.process_{jax.process_index()}", done)
             gc.collect()
             raise
         if failures:
@@ -122,20 +171,18 @@ def _save_weights(path: Path, directory: Path, params: dict[str, jax.Array]) -> 
             raise failures[0]
 
 
-def _stop_writing(directory: Path, done: threading.Event) -> None:
-    """End the writing below `directory` the only way there is: move it, so that it fails."""
-    aside = directory.with_name(f"{directory.name}-stopped")
-    directory.rename(aside)
+def _stop_writing(part: Path, done: threading.Event) -> None:
+    """End this process's writing of its `part` the only way there is: move it, so that it fails."""
+    with contextlib.suppress(FileNotFoundError):  # not begun yet
+        part.rename(part.with_name(f"{part.name}-stopped"))
     while True:
         try:
-            directory.touch(exist_ok=False)  # or TensorStore would make the directory again
+            part.touch(exist_ok=False)  # or TensorStore would make the directory again
             break
         except FileExistsError:  # it already has
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
     done.wait()
     time.sleep(_SETTLING_SECONDS)
-    directory.unlink()
-    aside.rename(directory)
 
 
 def open_orbax_directory(directory: Path) -> OrbaxDirectory:
@@ -178,12 +225,29 @@ class OrbaxDirectory:
                     f"{self.path}: {name} is stored as {store.dtype.name}, supported are "
                     f"{', '.join(DTYPES)}; save the model again"
                 )
-            chunk = [size or 0 for size in store.chunk_layout.read_chunk.shape or ()]
+            chunk = _chunk_shape(store)
             # A piece is unpacked whole, so one that claims more than its weight would eat memory.
             if math.prod(chunk) > math.prod(store.shape):
                 raise CheckpointError(
                     f"{self.path}: {name} {store.shape} is stored in pieces of {chunk}; "
                     "save the model again"
+                )
+
+    def check_whole(self) -> None:
+        """Raise CheckpointError unless each piece of each weight is there; none is read.
+
+        What another process wrote could be missing where a file system shows it late.
+        """
+        for name, store in self._stores.items():
+            cuts = zip(store.shape, _chunk_shape(store), strict=True)
+            expected = math.prod(math.ceil(size / piece) for size, piece in cuts)
+            with self._read_errors():
+                keys = store.kvstore.list().result() if store.kvstore else []
+            found = sum(not key.endswith(b".zarray") for key in keys)
+            if found != expected:
+                raise CheckpointError(
+                    f"{self.path}: {found} of {expected} pieces of {name} are there; save the "
+                    "model again"
                 )
 
     def read(self, name: str, index: Index) -> np.ndarray:
@@ -216,6 +280,10 @@ class OrbaxDirectory:
 def _info(store: tensorstore.TensorStore) -> TensorInfo:
     num_bytes = math.prod(store.shape) * np.dtype(store.dtype.numpy_dtype).itemsize
     return TensorInfo(store.shape, store.dtype.name, num_bytes)
+
+
+def _chunk_shape(store: tensorstore.TensorStore) -> list[int]:
+    return [size or 0 for size in store.chunk_layout.read_chunk.shape or ()]
 
 
 def _open_stores(weights: Path) -> dict[str, tensorstore.TensorStore]:
