@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdecode.pallas_kernels import flash_decode
+from jaxdecode.pallas_kernels.kernel_call import with_plain_gradient
 from jaxdecode.pallas_kernels.varying import vary_alike, vary_over_none
 
 Array = jax.Array
@@ -41,8 +42,8 @@ def rotate_and_append(
     operands = (q, kv, cos, sin, slots, keys, values)
     if why_not(q, keys) is not None:
         return plainly(*operands)
-    q, kv, cos, sin, slots, keys, values = vary_alike(*operands)
-    return _in_one(q, kv, cos, sin, slots, keys, values)
+    q, keys, values = with_plain_gradient(_forward, plainly, vary_alike(*operands))
+    return q, keys, values
 
 
 def why_not(q: Any, keys: Any) -> str | None:
@@ -86,37 +87,6 @@ def write_slots(cache: Array, new: Array, slots: Array) -> Array:
     return cache.at[row, slots].set(
         new.astype(cache.dtype), mode="drop", unique_indices=True, wrap_negative_indices=False
     )
-
-
-@jax.custom_vjp
-def _in_one(*operands: Array) -> tuple[Array, Array, Array]:
-    """By the kernel, with the gradient of the plain formula. All operands vary alike."""
-    # Inside shard_map a kernel's results would count as equal on all devices.
-    q, keys, values, _ = vary_alike(*_by_kernel(*operands), operands[0])
-    return q, keys, values
-
-
-def _saving(*operands):
-    return _in_one(*operands), operands
-
-
-def _backward(operands, cotangents):
-    return jax.vjp(plainly, *operands)[1](cotangents)
-
-
-_in_one.defvjp(_saving, _backward)
-
-
-@jax.custom_batching.custom_vmap
-def _by_kernel(*operands):
-    return _forward(*operands)
-
-
-@_by_kernel.def_vmap
-def _plainly_for_all(size, mapped, *operands):
-    del size
-    results = jax.vmap(plainly, [0 if each else None for each in mapped])(*operands)
-    return results, (True, True, True)
 
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.
