@@ -35,7 +35,8 @@ class Scratch(NamedTuple):
     """Shared memory of a block, and the barriers that say when it is full or free again.
 
     p, the softmax weights, is there only where products are transposed. Two consumers meet at
-    `meeting`, and one hands its sums to the other: acc in `out`, top and total in `handed`."""
+    `meeting`, and one hands its sums to the other: acc in `out`, top and total in `handed`.
+    Finished results are in `finished`, which is memory of `out`, where a block stores any."""
 
     q_rows: Any
     q: Any
@@ -50,6 +51,7 @@ class Scratch(NamedTuple):
     released: Any
     handed: Any
     meeting: Any
+    finished: Any = None
 
 
 class Chunk(NamedTuple):
@@ -71,8 +73,11 @@ class Slots(NamedTuple):
     his: list
 
 
-def allocate(dtype, config: SplitConfig) -> Scratch:
-    """What a thread block needs: the types of its scratch memory."""
+def allocate(dtype, config: SplitConfig, finished_dtype: Any = None) -> Scratch:
+    """What a thread block needs: the types of its scratch memory.
+
+    finished_dtype: of finished results, where the block stores any. Then `out` is both `out` and
+    `finished`, which `divide` tells apart."""
     rows, width, block = config.product_rows, config.width, config.block_kv
     # A product wants both operands, V and P among them, in the same swizzle.
     tiled = tiling, swizzle = swizzled(config.head_dim, dtype.itemsize)
@@ -80,13 +85,17 @@ def allocate(dtype, config: SplitConfig) -> Scratch:
     ring = plgpu.SMEM((config.stages, block, width), dtype, transforms=tiled)
     barriers = plgpu.Barrier(num_barriers=config.stages)
     alone = config.consumers == 1
+    out = plgpu.SMEM((rows, config.columns), jnp.float32, transforms=swizzled(config.columns, 4))
+    if finished_dtype is not None:
+        columns = config.width if config.transposed else min(config.columns, config.head_dim)
+        out = plgpu.RefUnion(out, plgpu.SMEM((rows, columns), finished_dtype))
     return Scratch(
         q_rows=plgpu.SMEM((TILE, width), dtype, transforms=() if _is_plain(config) else rows_tiled),
         q=plgpu.SMEM((TILE, width), dtype, transforms=tiled),
         k=ring,
         v=ring,
         p=plgpu.SMEM((rows, block), dtype, transforms=tiled) if config.transposed else None,
-        out=plgpu.SMEM((rows, config.columns), jnp.float32, transforms=swizzled(config.columns, 4)),
+        out=out,
         lse=plgpu.SMEM((rows,), jnp.float32),
         q_full=plgpu.Barrier(num_arrivals=config.block_t),
         k_full=barriers,
@@ -97,6 +106,12 @@ def allocate(dtype, config: SplitConfig) -> Scratch:
     )
 
 
+def divide(scratch: Scratch) -> Scratch:
+    """The scratch memory of a block that stores finished results."""
+    out, finished = scratch.out
+    return scratch._replace(out=out, finished=finished)
+
+
 def visible_slots(lo_ref, hi_ref, b, row_block, config) -> Slots:
     """Loads what the tokens of a row block see."""
     tokens = _tokens(row_block, lo_ref.shape[1], config)
@@ -104,16 +119,22 @@ def visible_slots(lo_ref, hi_ref, b, row_block, config) -> Slots:
 
 
 def _tokens(row_block, T, config):
-    t0 = lax.div(row_block, jnp.int32(config.row_blocks_g)) * config.block_t
+    t0, _ = first_row(row_block, config)
     return [jnp.minimum(t0 + t, T - 1) for t in range(config.block_t)]
+
+
+def first_row(row_block, config: SplitConfig) -> tuple[Any, Any]:
+    """Token and head of a row block's first row."""
+    t_block, g_block = (f(row_block, jnp.int32(config.row_blocks_g)) for f in (lax.div, lax.rem))
+    return t_block * config.block_t, g_block * config.block_g
 
 
 def load_q(q_ref, k_ref, chunk: Chunk, scratch: Scratch, config: SplitConfig) -> None:
     """Starts to load the query rows."""
     G = q_ref.shape[2] // k_ref.shape[2]
-    g0 = lax.rem(chunk.row_block, jnp.int32(config.row_blocks_g)) * config.block_g
+    _, g0 = first_row(chunk.row_block, config)
     heads = pl.ds(chunk.h * G + g0, config.block_g)
-    columns = _columns(chunk.h, config)
+    columns = all_columns(chunk.h, config)
     for i, t in enumerate(_tokens(chunk.row_block, q_ref.shape[1], config)):
         rows = pl.ds(i * config.block_g, config.block_g)
         source = q_ref.at[chunk.b, t, heads, columns]
@@ -122,7 +143,7 @@ def load_q(q_ref, k_ref, chunk: Chunk, scratch: Scratch, config: SplitConfig) ->
 
 def load_tiles(k_ref, v_ref, chunk: Chunk, scratch: Scratch, config: SplitConfig) -> None:
     """Streams the chunk's tiles through the ring."""
-    block, columns = config.block_kv, _columns(chunk.h, config)
+    block, columns = config.block_kv, all_columns(chunk.h, config)
 
     def load(step, _):
         i = chunk.begin + step
@@ -149,7 +170,7 @@ def drain(tiles, scratch: Scratch, config: SplitConfig) -> None:
             plgpu.barrier_wait(scratch.released.at[slot])
 
 
-def _columns(zero_times, config):
+def all_columns(zero_times, config: SplitConfig) -> Any:
     """All columns of a head and, past head_dim, what TMA fills up with zeros.
 
     A slice that begins at a constant would have to lie inside the array, so it begins at a product.
@@ -202,7 +223,7 @@ def attend_tiles(
 
     def mask(logits, start):
         slot = plgpu.broadcasted_iota(
-            jnp.int32, logits.shape, _keys_axis(config), layout=plgpu.Layout.WGMMA
+            jnp.int32, logits.shape, keys_axis(config), layout=plgpu.Layout.WGMMA
         )
         slot = slot + start
         return jnp.where((slot >= lo) & (slot < hi), logits, -jnp.inf)
@@ -217,10 +238,10 @@ def attend_tiles(
         logits = _cap(_product(*((k, q) if config.transposed else (q, k))), config)
         inside = (start >= seen_by_all[0]) & (start + block <= seen_by_all[1])
         logits = lax.cond(inside, lambda x: x, lambda x: mask(x, start), logits)
-        new_top = jnp.maximum(top, logits.max(axis=_keys_axis(config)))
+        new_top = jnp.maximum(top, logits.max(axis=keys_axis(config)))
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         rescale = jnp.exp2(top - shift)
-        p = jnp.exp2(logits - _across(shift, block, config))
+        p = jnp.exp2(logits - across(shift, block, config))
         if config.transposed:
             scratch.p.transpose((1, 0))[...] = p.astype(v.dtype)
         plgpu.barrier_wait(scratch.v_full.at[slot])
@@ -235,9 +256,9 @@ def attend_tiles(
             plgpu.commit_smem()
             update = _product(v.transpose((1, 0)), scratch.p)
             plgpu.barrier_arrive(scratch.released.at[slot])
-            acc = acc * _across(rescale, config.width, config) + update
-            return acc, new_top, total * _across(rescale, block, config) + p
-        acc = acc * _across(rescale, config.width, config)
+            acc = acc * across(rescale, config.width, config) + update
+            return acc, new_top, total * across(rescale, block, config) + p
+        acc = acc * across(rescale, config.width, config)
         acc = accumulate(acc, p.astype(v.dtype), v)
         plgpu.barrier_arrive(scratch.released.at[slot])
         return acc, new_top, total * rescale + p.sum(axis=1)
@@ -248,7 +269,7 @@ def attend_tiles(
 def _no_sums(config):
     """What `attend_tiles` returns for no tiles."""
     layout, rows = plgpu.Layout.WGMMA, config.product_rows
-    per_row = layout.reduce(_keys_axis(config))
+    per_row = layout.reduce(keys_axis(config))
 
     def filled(value, shape, layout):
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
@@ -270,66 +291,6 @@ def _share(chunk, consumer, config):
     return tuple(lax.div(x + (count - 1) - consumer, count) for x in (chunk.begin, chunk.end))
 
 
-def store_result(sums, out_ref, lse_ref, consumer, scratch: Scratch, config: SplitConfig) -> None:
-    """Normalises the chunk's sums and starts to store them, with their log-sum-exp.
-
-    No store before this one may still read `scratch.out`."""
-    if config.consumers == 1:
-        _store(sums, out_ref, lse_ref, scratch, config)
-        return
-    meet(scratch.meeting)
-    pl.when(consumer == 1)(lambda: _hand_over(sums, scratch))
-    meet(scratch.meeting)
-    pl.when(consumer == 0)(
-        lambda: _store(_merged(sums, scratch, config), out_ref, lse_ref, scratch, config)
-    )
-
-
-def _hand_over(sums, scratch):
-    """Leaves a consumer's sums in shared memory."""
-    scratch.out[...], scratch.handed[0], scratch.handed[1] = sums
-    plgpu.commit_smem()
-
-
-def _merged(sums, scratch, config):
-    """A consumer's sums and those that were handed over, as one's."""
-    acc, top, total = sums
-    row = plgpu.Layout.WGMMA.reduce(1)
-    other = plgpu.load(scratch.out, layout=plgpu.Layout.WGMMA)
-    other_top, other_total = (
-        plgpu.load(scratch.handed.at[x], layout=row, optimized=False) for x in range(2)
-    )
-    new_top = jnp.maximum(top, other_top)
-    shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-    weight, other_weight = jnp.exp2(top - shift), jnp.exp2(other_top - shift)
-    acc = acc * _across(weight, config.width, config)
-    acc = acc + other * _across(other_weight, config.width, config)
-    return acc, new_top, total * weight + other_total * other_weight
-
-
-def _store(sums, out_ref, lse_ref, scratch, config):
-    acc, top, total = sums
-    if config.transposed:
-        total = total.sum(axis=0)
-    empty = total == 0.0
-    divisor = jnp.where(empty, 1.0, total)
-    out = acc * _across(1.0 / divisor, config.width, config)
-    scratch.lse[...] = jnp.where(empty, -jnp.inf, top + jnp.log2(divisor))
-    rows = pl.ds(0, config.rows)
-    for column in range(0, config.width, config.columns):
-        if column > 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if config.transposed:
-            out = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
-            scratch.out.transpose((1, 0))[...] = out
-        else:
-            scratch.out[...] = out[:, column : column + config.columns]
-        plgpu.commit_smem()
-        part = out_ref.at[:, pl.ds(column, config.columns)]
-        plgpu.copy_smem_to_gmem(scratch.out.at[rows], part)
-    plgpu.copy_smem_to_gmem(scratch.lse.at[rows], lse_ref)
-
-
 def _cap(logits, config):
     """Scaled and capped logits, in base 2."""
     if config.softcap is None:
@@ -342,11 +303,11 @@ def _of_rows(values, config):
     of_rows, *others = values
     if not others:
         return of_rows
-    layout = plgpu.Layout.WGMMA.reduce(_keys_axis(config))
+    layout = plgpu.Layout.WGMMA.reduce(keys_axis(config))
     row = plgpu.broadcasted_iota(jnp.int32, (config.product_rows,), 0, layout=layout)
     for t, value in enumerate(others, 1):
         of_rows = jnp.where(row >= t * config.block_g, value, of_rows)
-    return _across(of_rows, config.block_kv, config)
+    return across(of_rows, config.block_kv, config)
 
 
 def _product(a, b):
@@ -359,7 +320,8 @@ def _product(a, b):
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def _keys_axis(config):
+def keys_axis(config: SplitConfig) -> int:
+    """Of logits [keys, rows] or [rows, keys]."""
     return 0 if config.transposed else 1
 
 
@@ -367,7 +329,7 @@ def _shape(rows, size, config):
     return (size, rows) if config.transposed else (rows, size)
 
 
-def _across(x, size, config):
+def across(x, size: int, config: SplitConfig) -> Any:
     """x [rows] across `size` keys or columns."""
     shape = _shape(x.shape[0], size, config)
-    return lax.broadcast_in_dim(x, shape, (1 - _keys_axis(config),))
+    return lax.broadcast_in_dim(x, shape, (1 - keys_axis(config),))

@@ -1,6 +1,7 @@
-"""Step 2 of Flash-Decoding on Pallas Mosaic GPU: merging the chunks of every query row.
+"""Step 2 of Flash-Decoding on Pallas Mosaic GPU: merging the chunks of query rows.
 
-One thread block per query row weighs the chunks by their log-sum-exp. Step 1 and the letters are in
+One thread block per query row weighs the chunks by their log-sum-exp. By plan that is only of rows
+that step 1 leaves: those of items that are cut and of idle sequences. Step 1 and the letters are in
 flash_decode_kernel.py.
 """
 
@@ -17,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecode.pallas_kernels.mosaic import LOG2_E, reduce_tree
 from jaxdecode.pallas_kernels.split_config import SplitConfig
+from jaxdecode.pallas_kernels.split_plan import SplitPlan
 
 # Chunks of a row that are in flight together where their number is not known when compiled.
 _AT_ONCE, _FEW = 16, 2
@@ -36,30 +38,10 @@ def combine_splits(
     Returns:
       out [B, T, N, H] in out_dtype, lse [B, T, N] float32, natural log, sinks counted.
     """
-    operands = (out_partial, lse_partial) + (() if sinks is None else (sinks,))
-    return _over_rows(_combine_kernel, operands, shape, out_dtype, config)
-
-
-def combine_planned(
-    out_partial: jax.Array, lse_partial: jax.Array, spans: jax.Array, sinks: jax.Array | None,
-    shape: tuple[int, int, int, int], out_dtype: Any, config: SplitConfig,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Step 2 for chunks by plan.
-
-    Args:
-      out_partial, lse_partial: from `planned_attention`.
-      spans: of the plan. The others and the results are those of `combine_splits`.
-    """
-    operands = (out_partial, lse_partial, spans) + (() if sinks is None else (sinks,))
-    return _over_rows(_planned_kernel, operands, shape, out_dtype, config)
-
-
-def _over_rows(kernel, operands, shape, out_dtype, config):
-    """Runs a combine kernel, a thread block for each query row."""
     B, T, N, H = shape
-    padded = operands[0].shape[-1]
+    padded = out_partial.shape[-1]
     out, lse = plgpu.kernel(
-        functools.partial(kernel, config=config),
+        functools.partial(_combine_kernel, config=config),
         out_type=[
             jax.ShapeDtypeStruct(shape, out_dtype),
             jax.ShapeDtypeStruct(shape[:3], jnp.float32),
@@ -69,8 +51,32 @@ def _over_rows(kernel, operands, shape, out_dtype, config):
         scratch_types={} if H == padded else {"row_smem": plgpu.SMEM((padded,), out_dtype)},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_combine",
-    )(*operands)
+    )(out_partial, lse_partial, *(() if sinks is None else (sinks,)))
     return out, lse
+
+
+def combine_planned(
+    out_partial: jax.Array, lse_partial: jax.Array, sinks: jax.Array | None, plan: SplitPlan,
+    out_ref: Any, lse_ref: Any, config: SplitConfig,
+) -> None:  # fmt: skip
+    """Step 2 for chunks by plan, of what step 1 could not finish: merges what is cut, and fills in
+    the rows of idle sequences.
+
+    Args:
+      out_partial, lse_partial: from `planned_attention`, as are the arrays in out_ref and lse_ref,
+        which this writes the other rows of.
+      sinks: [N] float32 or None, one more logit per head with a zero value.
+    """
+    H, padded = out_ref.shape[-1], out_partial.shape[-1]
+    plgpu.kernel(
+        functools.partial(_planned_kernel, config=config),
+        out_type=(),
+        grid=(config.block_t * config.block_g, plan.cuts.shape[0]),
+        grid_names=("row", "cut"),
+        scratch_types={} if H == padded else {"row_smem": plgpu.SMEM((padded,), out_ref.dtype)},
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="flash_decode_combine_planned",
+    )(out_partial, lse_partial, sinks, plan.cuts, plan.idle, out_ref, lse_ref)
 
 
 def _combine_kernel(out_partial_ref, lse_partial_ref, *refs, config: SplitConfig, row_smem=None):
@@ -90,34 +96,52 @@ def _combine_kernel(out_partial_ref, lse_partial_ref, *refs, config: SplitConfig
     weights = [jnp.exp2(x - top) for x in logits]
     total = reduce_tree(jnp.add, weights)
     merged = reduce_tree(jnp.add, [x * w for x, w in zip(outs, weights[:C], strict=True)])
-    _store_row(merged, top, total, (b, t, n), out_ref, lse_ref, row_smem)
+    _store_row(merged, top, total, ((b, t, n), (b, t, n)), out_ref, lse_ref, row_smem)
 
 
 def _planned_kernel(
-    out_partial_ref, lse_partial_ref, spans_ref, *refs, config: SplitConfig, row_smem=None
-):
-    """One query row. Its chunks are merged some at a time: they cost a trip to memory together."""
-    *sinks_ref, out_ref, lse_ref = refs
-    n, t, b = map(lax.axis_index, ("head", "token", "batch"))
-    K = spans_ref.shape[1] // config.row_blocks
-    h, row_block, row = _place(n, t, out_ref.shape[2] // K, config)
-    item = h * config.row_blocks + row_block
-    first, count = spans_ref[b, item, 0], spans_ref[b, item, 1]
-    start = _start_of_row(sinks_ref[0][n] if sinks_ref else None, out_partial_ref.shape[-1])
+    out_partial_ref, lse_partial_ref, sinks_ref, cuts_ref, idle_ref, out_ref, lse_ref,
+    *, config: SplitConfig, row_smem=None,
+):  # fmt: skip
+    """A row of an item that is cut, and of every item of some sequences if they are idle."""
+    row, cut = map(lax.axis_index, ("row", "cut"))
+    b, head, first, count = (cuts_ref[cut, x] for x in range(4))
+    num_cuts, (B, T, K, G, _) = cuts_ref.shape[0], out_ref.shape
+    sequences = [cut + x for x in range(0, B, num_cuts)]
+    idle = [idle_ref[jnp.minimum(x, B - 1)] for x in sequences]
+
+    def finish(b, head, add_chunks):
+        """Stores what add_chunks makes of a row without any. Rows of no token or head are left."""
+        h, row_block = (f(head, jnp.int32(config.row_blocks)) for f in (lax.div, lax.rem))
+        t, g = _token_and_head(row_block, row, config)
+
+        @pl.when((t < T) & (g < G))
+        def _():
+            sink = None if sinks_ref is None else sinks_ref[h * G + g]
+            top, total, merged = add_chunks(_start_of_row(sink, out_partial_ref.shape[-1]))
+            top = jnp.where(top == -jnp.inf, 0.0, top)
+            places = (b, t, h, g), (b, h, row_block, row)
+            _store_row(merged, top, total, places, out_ref, lse_ref, row_smem)
 
     def merge(at_once):
+        """A row's chunks are merged some at a time: they cost a trip to memory together."""
+
         def some(i, sums):
             numbers = [i * at_once + x for x in range(at_once)]
             return _merge_chunks(sums, out_partial_ref, lse_partial_ref, first, count, numbers, row)
 
         trips = lax.div(count + (at_once - 1), jnp.int32(at_once))
-        top, total, merged = lax.fori_loop(0, trips, some, start)
-        top = jnp.where(top == -jnp.inf, 0.0, top)
-        _store_row(merged, top, total, (b, t, n), out_ref, lse_ref, row_smem)
+        finish(b, head, lambda start: lax.fori_loop(0, trips, some, start))
 
     # In a large batch a row has few chunks, and the loads of more than there are would be felt.
-    pl.when(count <= _FEW)(lambda: merge(_FEW))
+    pl.when((count > 1) & (count <= _FEW))(lambda: merge(_FEW))
     pl.when(count > _FEW)(lambda: merge(_AT_ONCE))
+    for sequence, is_idle in zip(sequences, idle, strict=True):
+
+        @pl.when((sequence < B) & (is_idle == 1))
+        def _(sequence=sequence):
+            heads = K * config.row_blocks
+            pl.loop(0, heads)(lambda head: finish(sequence, head, lambda start: start))
 
 
 def _start_of_row(sink, width):
@@ -154,9 +178,17 @@ def _place(n, t, G, config):
     return h, t_block * config.row_blocks_g + g_block, t_row * config.block_g + g_row
 
 
-def _store_row(merged, top, total, place, out_ref, lse_ref, row_smem):
+def _token_and_head(row_block, row, config):
+    """A row's token and its head of the KV head's group, past the last ones where it is padding."""
+    t_block, g_block = (f(row_block, jnp.int32(config.row_blocks_g)) for f in (lax.div, lax.rem))
+    t_row, g_row = (f(row, jnp.int32(config.block_g)) for f in (lax.div, lax.rem))
+    return t_block * config.block_t + t_row, g_block * config.block_g + g_row
+
+
+def _store_row(merged, top, total, places, out_ref, lse_ref, row_smem):
     """Normalises and stores a row, by way of shared memory where it is padded: only TMA can leave
     a part out."""
+    place, lse_place = places
     empty = total == 0.0
     divisor = jnp.where(empty, 1.0, total)
     out = (merged / divisor).astype(out_ref.dtype)
@@ -167,4 +199,4 @@ def _store_row(merged, top, total, place, out_ref, lse_ref, row_smem):
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(row_smem.at[pl.ds(0, out_ref.shape[-1])], out_ref.at[place])
         plgpu.wait_smem_to_gmem(0)
-    lse_ref[place] = jnp.where(empty, -jnp.inf, (top + jnp.log2(divisor)) / LOG2_E)
+    lse_ref[lse_place] = jnp.where(empty, -jnp.inf, (top + jnp.log2(divisor)) / LOG2_E)

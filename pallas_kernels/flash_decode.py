@@ -108,5 +108,28 @@ def _forward(q, k, v, lo, hi, sinks, plan, *, config, out_dtype):
     if plan is None:
         partials = flash_decode_kernel.split_attention(q, k, v, lo, hi, config)
         return combine_kernel.combine_splits(*partials, sinks, q.shape, out_dtype, config)
-    partials = flash_decode_kernel.planned_attention(q, k, v, lo, hi, plan, config)
-    return combine_kernel.combine_planned(*partials, plan.spans, sinks, q.shape, out_dtype, config)
+    return _by_plan(q, k, v, lo, hi, sinks, plan, config, out_dtype)
+
+
+def _by_plan(q, k, v, lo, hi, sinks, plan, config, out_dtype):
+    """Step 1 stores the results of whole items itself; step 2 adds those of the others."""
+    from jaxdecode.pallas_kernels import combine_kernel, flash_decode_kernel
+
+    B, T, N, H = q.shape
+    out_partial, lse_partial, out, lse = flash_decode_kernel.planned_attention(
+        q, k, v, lo, hi, sinks, plan, out_dtype, config
+    )
+    out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
+    combine_kernel.combine_planned(out_partial, lse_partial, sinks, plan, out_ref, lse_ref, config)
+    out, lse = jax.freeze(out_ref), jax.freeze(lse_ref)
+    return out.reshape(B, T, N, H), _lse_of_tokens(lse, (B, T, N), config)
+
+
+def _lse_of_tokens(lse, shape, config):
+    """[B, K, row_blocks, rows] as [B, T, N], without the rows that only fill row blocks. Nothing is
+    moved where a row block is the heads of a token."""
+    (B, T, N), K = shape, lse.shape[1]
+    lse = lse[..., : config.block_t * config.block_g]
+    lse = lse.reshape(B, K, config.row_blocks_t, config.row_blocks_g, config.block_t, -1)
+    lse = lse.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, K, config.row_blocks_g * config.block_g)
+    return lse[:, :T, :, : N // K].reshape(B, T, N)

@@ -1,8 +1,8 @@
 """Step 1 of Flash-Decoding on Pallas Mosaic GPU, for Hopper: attending to every chunk of the keys.
 
 Two ways to cut: C equal chunks per sequence, a thread block for each; or by a plan of equal work,
-each block going through the chunks of its own. Chunks are attended to in chunk_kernel.py, and
-merged, step 2, in combine_kernel.py.
+each block going through the chunks of its own. Chunks are attended to in chunk_kernel.py, stored in
+store_kernel.py, and merged, step 2, in combine_kernel.py.
 
 B batch, T query tokens, S capacity, N query heads, K KV heads, G = N // K, H head_dim, C splits.
 A row block holds `rows` query rows of one KV head: `block_t` tokens times `block_g` heads.
@@ -11,6 +11,7 @@ A row block holds `rows` query rows of one KV head: `block_t` tokens times `bloc
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +24,17 @@ from jaxdecode.pallas_kernels.chunk_kernel import (
     Scratch,
     allocate,
     attend_tiles,
+    divide,
     drain,
     load_q,
     load_tiles,
-    store_result,
     take_q,
     visible_slots,
 )
 from jaxdecode.pallas_kernels.mosaic import THREADS, reduce_tree
 from jaxdecode.pallas_kernels.split_config import SplitConfig
 from jaxdecode.pallas_kernels.split_plan import SplitPlan
+from jaxdecode.pallas_kernels.store_kernel import gather, store_finished, store_partial
 
 # Of each thread where three warpgroups share 504.
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40
@@ -67,24 +69,37 @@ def split_attention(
 
 def planned_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, lo: jax.Array, hi: jax.Array,
-    plan: SplitPlan, config: SplitConfig,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    sinks: jax.Array | None, plan: SplitPlan, out_dtype: Any, config: SplitConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Step 1 with chunks by plan, each thread block going through those that it has.
 
+    Args:
+      sinks: [N] float32 or None, one more logit per head with a zero value.
+
     Returns:
-      out_partial [chunks, rows, P] and lse_partial [chunks, rows], as in `split_attention`.
+      out_partial [chunks, rows, P] and lse_partial [chunks, rows], as in `split_attention`; and,
+      only of items that one chunk is all of, the results: out [B, T, K, G, H] in out_dtype, and lse
+      [B, K, row_blocks, rows] float32, natural log, sinks counted.
     """
+    (B, T, N, H), K = q.shape, k.shape[2]
     return plgpu.kernel(
         functools.partial(_planned_kernel, config=config),
-        out_type=_partials(plan.chunks.shape[:1], config),
+        out_type=[
+            *_partials(plan.chunks.shape[:1], config),
+            jax.ShapeDtypeStruct((B, T, K, N // K, H), out_dtype),
+            jax.ShapeDtypeStruct((B, K, config.row_blocks, config.rows), jnp.float32),
+        ],
         grid=plan.blocks.shape[:1],
         grid_names=("block",),
         num_threads=config.consumers + 1,
         thread_name="thread",
-        scratch_types=[*allocate(q.dtype, config), plgpu.Barrier()],
+        scratch_types={
+            "scratch": allocate(q.dtype, config, out_dtype),
+            "q_taken": plgpu.Barrier(),
+        },
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_split_planned",
-    )(q, k, v, lo, hi, plan.blocks, plan.chunks)
+    )(q, k, v, lo, hi, sinks, plan.blocks, plan.chunks)
 
 
 def _partials(chunks, config):
@@ -108,7 +123,11 @@ def _split_kernel(q_ref, k_ref, v_ref, lo_ref, hi_ref, out_ref, lse_ref, *scratc
         q = take_q(consumer, scratch, config)
         sums = attend_tiles(chunk, slots, q, consumer, scratch, config)
         place = (b, h, row_block, c)
-        store_result(sums, out_ref.at[place], lse_ref.at[place], consumer, scratch, config)
+
+        def store(sums):
+            store_partial(sums, out_ref.at[place], lse_ref.at[place], scratch, config)
+
+        gather(sums, store, consumer, scratch, config)
         plgpu.wait_smem_to_gmem(0)
 
     @_producer(config)
@@ -118,48 +137,58 @@ def _split_kernel(q_ref, k_ref, v_ref, lo_ref, hi_ref, out_ref, lse_ref, *scratc
 
 
 def _planned_kernel(
-    q_ref, k_ref, v_ref, lo_ref, hi_ref, blocks_ref, chunks_ref, out_ref, lse_ref,
-    *scratch, config,
+    q_ref, k_ref, v_ref, lo_ref, hi_ref, sinks_ref, blocks_ref, chunks_ref,
+    out_partial_ref, lse_partial_ref, out_ref, lse_ref, *, scratch, q_taken, config,
 ):  # fmt: skip
     """All chunks of one block. The ring runs on over their ends: while a result is stored, the next
     chunk's tiles are on their way."""
-    *scratch, q_taken = scratch
-    scratch = Scratch(*scratch)
+    scratch = divide(scratch)
     block = lax.axis_index("block")
-    first, count, tiles, *first_chunk = (blocks_ref[block, x] for x in range(8))
+    columns = chunks_ref.shape[1]
+    first, count, tiles, *first_chunk = (blocks_ref[block, x] for x in range(3 + columns))
 
     def for_each_chunk(do):
-        """do(i, chunk). What the plan says of the next one is loaded meanwhile."""
+        """do(i, chunk, whole). What the plan says of the next one is loaded meanwhile."""
 
         def step(i, numbers):
             following = jnp.minimum(first + i + 1, chunks_ref.shape[0] - 1)
-            next_numbers = tuple(chunks_ref[following, x] for x in range(5))
-            b, head, base, begin, end = numbers
+            next_numbers = tuple(chunks_ref[following, x] for x in range(columns))
+            b, head, base, begin, end, whole = numbers
             row_blocks = jnp.int32(config.row_blocks)
             h, row_block = lax.div(head, row_blocks), lax.rem(head, row_blocks)
-            do(i, Chunk(b, h, row_block, base, begin, end))
+            do(i, Chunk(b, h, row_block, base, begin, end), whole)
             return next_numbers
 
         lax.fori_loop(0, count, step, tuple(first_chunk))
 
     @_consumers(config)
     def _consume(consumer):
-        def attend(i, chunk):
+        def attend(i, chunk, whole):
             slots = visible_slots(lo_ref, hi_ref, chunk.b, chunk.row_block, config)
             q = take_q(consumer, scratch, config)
             pl.when(consumer == 0)(lambda: plgpu.barrier_arrive(q_taken))
             sums = attend_tiles(chunk, slots, q, consumer, scratch, config)
             # The result before this one has left shared memory.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            place = first + i
-            store_result(sums, out_ref.at[place], lse_ref.at[place], consumer, scratch, config)
+
+            def store(sums):
+                @pl.when(whole == 0)
+                def _partial():
+                    refs = out_partial_ref.at[first + i], lse_partial_ref.at[first + i]
+                    store_partial(sums, *refs, scratch, config)
+
+                @pl.when(whole == 1)
+                def _finished():
+                    store_finished(sums, chunk, sinks_ref, out_ref, lse_ref, scratch, config)
+
+            gather(sums, store, consumer, scratch, config)
 
         for_each_chunk(attend)
         plgpu.wait_smem_to_gmem(0)
 
     @_producer(config)
     def _produce():
-        def load(i, chunk):
+        def load(i, chunk, _):
             @pl.when(i > 0)
             def _():
                 plgpu.barrier_wait(q_taken)

@@ -25,17 +25,21 @@ class SplitPlan(NamedTuple):
     """Which block attends to what, for B sequences of `heads` items each. All int32.
 
     Attributes:
-      blocks: [num_blocks, 8], a block's first chunk, how many it has, their tiles together,
+      blocks: [num_blocks, 9], a block's first chunk, how many it has, their tiles together,
         and what `chunks` says of the first, so that a block can begin with it.
-      chunks: [num_blocks + B * heads - 1, 5], a chunk's sequence; its item there; and base, begin,
-        end: it holds the tiles base + i of its sequence for begin <= i < end, where i counts the
-        tiles of its block. Only the chunks that a block has mean anything.
-      spans: [B, heads, 2], an item's first chunk, and how many it has: none if nothing is visible.
+      chunks: [num_blocks + B * heads - 1, 6], a chunk's sequence; its item there; base, begin, end:
+        it holds the tiles base + i of its sequence for begin <= i < end, where i counts the tiles
+        of its block; and whether these are all of its item. Only the chunks that a block has mean
+        anything.
+      cuts: [min(num_blocks - 1, B * heads), 4], each item of several chunks once: its sequence, its
+        place there, its first chunk, and how many it has. Rows of at most one chunk mean nothing.
+      idle: [B], whether nothing is visible, so that no chunk is of this sequence.
     """
 
     blocks: Array
     chunks: Array
-    spans: Array
+    cuts: Array
+    idle: Array
 
 
 class _Line(NamedTuple):
@@ -77,7 +81,8 @@ def make_plan(lo: Array, hi: Array, *, block_kv: int, heads: int, num_blocks: in
     size = _range_size(share, jnp.maximum(tiles.max(), 1))
     line = _Line(first_tile, tiles, stop - tiles, stop, items, size)
     blocks = _blocks(line, heads, num_blocks)
-    return SplitPlan(blocks, _chunks(line, blocks[:, 0], heads), _spans(line, heads))
+    chunks, cuts = _chunks(line, blocks[:, 0], heads), _cuts(line, heads, num_blocks)
+    return SplitPlan(blocks, chunks, cuts, jnp.where(tiles > 0, 0, 1))
 
 
 def _range_size(share, longest):
@@ -89,17 +94,13 @@ def _range_size(share, longest):
 
 
 def _blocks(line, heads, num_blocks):
-    def item_at(place):
-        head, place = jnp.divmod(place, jnp.maximum(line.length, 1))
-        return head * line.num_items + line.items[_sequence_at(line.stop, place)] - 1
-
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     begin = block * line.size
     end = jnp.minimum(begin + line.size, line.length * heads)
-    first_item, busy = item_at(begin), begin < end
+    first_item, busy = _item_at(line, begin), begin < end
     # A chunk begins with its block or with its item, so their numbers add up to its own.
     first_chunk = jnp.where(busy, block + first_item, num_blocks + line.num_items * heads)
-    count = jnp.where(busy, item_at(end - 1) - first_item + 1, 0)
+    count = jnp.where(busy, _item_at(line, end - 1) - first_item + 1, 0)
     tiles = jnp.maximum(end - begin, 0)
     return jnp.stack([first_chunk, count, tiles, *_chunk(line, block, first_item)], axis=1)
 
@@ -113,23 +114,44 @@ def _chunks(line, first_chunk, heads):
 
 def _chunk(line, block, item):
     """What a block holds of an item."""
+    b, head, item_start = _place(line, item)
+    item_start = item_start - block * line.size
+    item_stop = item_start + line.tiles[b]
+    begin, end = jnp.maximum(item_start, 0), jnp.minimum(item_stop, line.size)
+    whole = jnp.where((begin == item_start) & (end == item_stop), 1, 0)
+    return b, head, line.first_tile[b] - item_start, begin, end, whole
+
+
+def _cuts(line, heads, num_blocks):
+    """An item that is cut is found where it is cut for the first time, or, where items are fewer
+    than such places, among all of them."""
+    most = len(line.tiles) * heads
+    if most < num_blocks:
+        item = jnp.arange(most, dtype=jnp.int32)
+        found = item < line.num_items * heads
+    else:
+        block = jnp.arange(num_blocks - 1, dtype=jnp.int32)
+        last_tile = (block + 1) * line.size - 1
+        item = _item_at(line, last_tile)
+        start = _place(line, item)[2]
+        found = (last_tile < line.length * heads) & (start // line.size == block)
+    b, head, start = _place(line, item)
+    first_block, last_block = start // line.size, (start + line.tiles[b] - 1) // line.size
+    count = jnp.where(found, last_block - first_block + 1, 0)
+    return jnp.stack([b, head, first_block + item, count], axis=1)
+
+
+def _item_at(line, place):
+    """The item that holds a tile of the line."""
+    head, place = jnp.divmod(place, jnp.maximum(line.length, 1))
+    return head * line.num_items + line.items[_sequence_at(line.stop, place)] - 1
+
+
+def _place(line, item):
+    """An item's sequence, its place there, and its first tile in the line."""
     head, place = jnp.divmod(item, jnp.maximum(line.num_items, 1))
     b = _sequence_at(line.items, place)
-    block_start, item_start = block * line.size, head * line.length + line.start[b]
-    begin = jnp.maximum(item_start - block_start, 0)
-    end = jnp.minimum(item_start + line.tiles[b] - block_start, line.size)
-    return b, head, line.first_tile[b] + block_start - item_start, begin, end
-
-
-def _spans(line, heads):
-    head = jnp.arange(heads, dtype=jnp.int32)[None, :]
-    tiles = line.tiles[:, None]
-    item_start = head * line.length + line.start[:, None]
-    first_block = item_start // line.size
-    last_block = (item_start + tiles - 1) // line.size
-    first_chunk = first_block + head * line.num_items + line.items[:, None] - 1
-    count = jnp.where(tiles > 0, last_block - first_block + 1, 0)
-    return jnp.stack([first_chunk, count], axis=-1)
+    return b, head, head * line.length + line.start[b]
 
 
 def _running_sum(x):

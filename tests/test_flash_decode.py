@@ -27,6 +27,7 @@ from jaxdecode.pallas_kernels import (
 from jaxdecode.pallas_kernels.combine_kernel import combine_planned
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
+from jaxdecode.pallas_kernels.split_plan import SplitPlan
 
 # (B, T, S, N, K, options): every grouping, row blocks over tokens and heads, and each option; few
 # rows and, from "24 rows" on, so many that two warpgroups share the tiles.
@@ -58,15 +59,18 @@ def attend(q, k, v, kv_len, *, num_splits=None, window=None, **options):
     return flash_decode.attend(q, k, v, lo, hi, num_splits=num_splits, **options)
 
 
-def check(shape, options, num_splits, dtype=jnp.bfloat16, H=128):
-    q, k, v, kv_len = inputs(*shape, H, dtype)
+def check(
+    shape, options, num_splits, dtype=jnp.bfloat16, H=128, kv_len=None, out_dtype=jnp.float32
+):
+    q, k, v, kv_len = inputs(*shape, H, dtype, kv_len)
     options = dict(options)
     if options.pop("sinks", False):
         options["sinks"] = jnp.asarray(np.random.default_rng(1).normal(size=shape[3]), jnp.float32)
-    out, lse = attend(q, k, v, kv_len, num_splits=num_splits, **options)
+    out, lse = attend(q, k, v, kv_len, num_splits=num_splits, out_dtype=out_dtype, **options)
+    assert out.dtype == out_dtype
     case = [np.asarray(x) for x in (q, k, v)]
     ref, ref_lse = reference_attention(*case, kv_len, **options)
-    low = low_precision_attention(*case, kv_len, **options, out_dtype=jnp.float32)
+    low = low_precision_attention(*case, kv_len, **options, out_dtype=out_dtype)
     assert_close(np.asarray(out), ref, low, q.dtype, lse=np.asarray(lse), ref_lse=ref_lse)
 
 
@@ -106,19 +110,73 @@ def test_interpreted_by_plan(interpreter, few_blocks, shape, H, options):
     check(shape, options, None, H=H)
 
 
+# (B, T, S, N, K), H, blocks, lengths, (items that are cut, all items), options, dtypes.
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+WHOLE_AND_CUT = {
+    "all whole": ((4, 1, 128, 4, 2), 128, 4, [128, 100, 1, 128], (0, 8), {}, BF16, BF16),
+    "none whole": ((2, 1, 512, 3, 1), 64, 4, [512, 400], (2, 2), {}, F16, F16),
+    "ragged and idle": (
+        (5, 1, 384, 6, 2), 128, 4, [384, 0, 100, 0, 384], (2, 6), {"sinks": True}, BF16, BF16,
+    ),
+    "more idle than cut": ((9, 1, 128, 2, 1), 96, 3, [0] * 7 + [128, 9], (0, 2), {}, BF16, F32),
+    "half a block of tokens": (
+        (2, 5, 128, 32, 2), 128, 3, [128, 60], (1, 8), {"window": 70}, BF16, BF16,
+    ),
+    "half a block of heads": (
+        (2, 1, 128, 142, 2), 80, 3, [128, 60], (1, 8), {"sinks": True}, BF16, F32,
+    ),
+    "256 columns": ((2, 3, 64, 7, 1), 256, 3, [64, 60], (0, 2), {}, BF16, BF16),
+    "few rows of 80 columns": (
+        (2, 2, 256, 6, 2), 80, 3, [256, 90], (1, 4), {"sinks": True}, BF16, F32,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE_AND_CUT)
+def test_interpreted_items_that_are_whole_and_that_are_cut(interpreter, monkeypatch, name):
+    """Each row is written once: what nobody writes is NaN, what two do is a race."""
+    shape, H, blocks, lengths, expected, options, *dtypes = WHOLE_AND_CUT[name]
+    monkeypatch.setattr(flash_decode, "NUM_SMS", blocks)
+    assert items_of_plan(shape, H, lengths, options.get("window")) == expected
+    check(shape, options, None, dtypes[0], H, lengths, dtypes[1])
+
+
+def items_of_plan(shape, H, lengths, window):
+    """How many items are cut, and how many there are with those that are not."""
+    B, T, S, N, K = shape
+    config = split_config((B, T, N, H), (B, S, K, H), None, 0.1, None)
+    ranges = visible_ranges(jnp.asarray(lengths), T, S, window=window)
+    plan = jax.tree.map(np.asarray, flash_decode._plan(*ranges, (B, S, K, H), config))
+    whole = sum(plan.chunks[first : first + n, 5].sum() for first, n, *_ in plan.blocks)
+    cut = (plan.cuts[:, 3] > 1).sum()
+    return cut, cut + whole
+
+
+def test_interpreted_twice_gives_equal_bits(interpreter, few_blocks):
+    q, k, v, _ = inputs(2, 1, 256, 2, 1, 128)
+    first, second = (attend(q, k, v, np.array([256, 130])) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
 def test_interpreted_merge_of_many_chunks(interpreter):
-    """More chunks than are loaded together, of which the largest logits come late."""
+    """More chunks than are loaded together, of which the largest logits come late; a row that is
+    finished already; and idle sequences, more than there are cuts."""
     rng = np.random.default_rng(0)
     out, lse = rng.normal(size=(40, 8, 128)), rng.normal(size=(40, 8)) + np.arange(40)[:, None]
     out, lse = (jnp.asarray(x, jnp.float32) for x in (out, lse))
-    spans = jnp.array([[[0, 37]], [[37, 0]], [[38, 1]]])
-    config = split_config((3, 1, 2, 128), (3, 8192, 1, 128), None, 0.1, None)
-    merged, merged_lse = combine_planned(out, lse, spans, None, (3, 1, 2, 128), out.dtype, config)
-    for row, chunks in enumerate((slice(0, 37), slice(37, 37), slice(38, 39))):
-        parts = out[chunks, :2], lse[chunks, :2] / np.log2(np.e)
-        expected, expected_lse = combine_partials(*parts) if len(parts[0]) else (0.0, -np.inf)
-        np.testing.assert_allclose(merged[row, 0], expected, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(merged_lse[row, 0], expected_lse, rtol=1e-6)
+    cuts, idle = jnp.array([[0, 0, 0, 37], [1, 0, 38, 1]]), jnp.array([0, 0, 1, 1, 1])
+    plan = SplitPlan(jnp.zeros((3, 9), jnp.int32), jnp.zeros((40, 6), jnp.int32), cuts, idle)
+    config = split_config((5, 1, 2, 128), (5, 8192, 1, 128), None, 0.1, None)
+    merged_ref = jax.new_ref(jnp.full((5, 1, 1, 2, 128), 7.0))
+    lse_ref = jax.new_ref(jnp.full((5, 1, 1, 8), 7.0))
+    combine_planned(out, lse, None, plan, merged_ref, lse_ref, config)
+    merged, merged_lse = jax.freeze(merged_ref)[:, 0, 0], jax.freeze(lse_ref)[:, 0, 0, :2]
+    expected, expected_lse = combine_partials(out[:37, :2], lse[:37, :2] / np.log2(np.e))
+    np.testing.assert_allclose(merged[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(merged_lse[0], expected_lse, rtol=1e-6)
+    for found, nothing in ((merged, 0.0), (merged_lse, -np.inf)):
+        np.testing.assert_array_equal(found[1], jnp.full_like(found[1], 7.0))
+        np.testing.assert_array_equal(found[2:], jnp.full_like(found[2:], nothing))
 
 
 def test_the_check_notices_a_lost_chunk(interpreter):
