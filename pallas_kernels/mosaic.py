@@ -45,6 +45,17 @@ def meet(barrier) -> None:
     plgpu.barrier_wait(barrier)
 
 
+def store_in_shared(ref, value, optimized: bool) -> None:
+    """ref[...] = value, where ref is shared memory.
+
+    optimized: whether Mosaic must find a way without bank conflicts. A jax that has no
+    `plgpu.store`, before 0.12, finds one where it can and makes do with conflicts elsewhere."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=optimized)
+    else:
+        ref[...] = value
+
+
 def zero_unseen(v_tile, start, lo, hi) -> None:
     """Zeroes the slots of a V tile that no query sees: their weight is zero, but 0 * NaN is NaN.
 

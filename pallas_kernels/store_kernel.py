@@ -22,7 +22,7 @@ from jaxdecode.pallas_kernels.chunk_kernel import (
     first_row,
     keys_axis,
 )
-from jaxdecode.pallas_kernels.mosaic import LOG2_E, meet
+from jaxdecode.pallas_kernels.mosaic import LOG2_E, meet, store_in_shared
 from jaxdecode.pallas_kernels.split_config import SplitConfig
 
 
@@ -91,7 +91,9 @@ def store_finished(
         sums = _with_sinks(sums, _sinks_of_rows(sinks_ref, first_head, config), config)
     out, lse = _normalised(sums, config)
     scratch.lse[...] = lse * (1 / LOG2_E)
-    for column in _stage(out, scratch.finished, config):
+    # Mosaic transposes without bank conflicts only to tiles of 8 rows, which stores must not cut.
+    optimized = not config.transposed or heads % 8 == 0
+    for column in _stage(out, scratch.finished, config, optimized):
         columns = pl.ds(column, scratch.finished.shape[1])
         if config.transposed:
             columns = all_columns(chunk.h, config)
@@ -140,18 +142,20 @@ def _normalised(sums, config):
     return out, jnp.where(empty, -jnp.inf, top + jnp.log2(divisor))
 
 
-def _stage(out, staging, config):
+def _stage(out, staging, config, optimized=True):
     """Puts the result, in the dtype of `staging`, there for TMA, some columns after the others.
-    Yields the first of them; they have been read before the next come."""
+    Yields the first of them; they have been read before the next come.
+
+    optimized: whether Mosaic must do so without bank conflicts."""
     if config.transposed:
         out = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
     for column in range(0, config.width, config.columns):
         if column > 0:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if config.transposed:
-            staging.transpose((1, 0))[...] = out.astype(staging.dtype)
+            target, part = staging.transpose((1, 0)), out
         else:
-            part = out[:, column : column + staging.shape[1]]
-            staging[...] = part.astype(staging.dtype)
+            target, part = staging, out[:, column : column + staging.shape[1]]
+        store_in_shared(target, part.astype(staging.dtype), optimized)
         plgpu.commit_smem()
         yield column
