@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecode.pallas_kernels.mosaic import LOG2_E, reduce_tree
 from jaxdecode.pallas_kernels.split_config import SplitConfig
-from jaxdecode.pallas_kernels.split_plan import SplitPlan
 
 # Chunks of a row that are in flight together where their number is not known when compiled.
 _AT_ONCE, _FEW = 16, 2
@@ -56,27 +55,27 @@ def combine_splits(
 
 
 def combine_planned(
-    out_partial: jax.Array, lse_partial: jax.Array, sinks: jax.Array | None, plan: SplitPlan,
+    out_partial: jax.Array, lse_partial: jax.Array, left: jax.Array, sinks: jax.Array | None,
     out_ref: Any, lse_ref: Any, config: SplitConfig,
 ) -> None:  # fmt: skip
     """Step 2 for chunks by plan, of what step 1 could not finish: merges what is cut, and fills in
     the rows of idle sequences.
 
     Args:
-      out_partial, lse_partial: from `planned_attention`, as are the arrays in out_ref and lse_ref,
-        which this writes the other rows of.
+      out_partial, lse_partial, left: from `planned_attention`, as are the arrays in out_ref and
+        lse_ref, which this writes the other rows of.
       sinks: [N] float32 or None, one more logit per head with a zero value.
     """
     H, padded = out_ref.shape[-1], out_partial.shape[-1]
     plgpu.kernel(
         functools.partial(_planned_kernel, config=config),
         out_type=(),
-        grid=(config.block_t * config.block_g, plan.cuts.shape[0]),
-        grid_names=("row", "cut"),
+        grid=(config.block_t * config.block_g, left.shape[0]),
+        grid_names=("row", "block"),
         scratch_types={} if H == padded else {"row_smem": plgpu.SMEM((padded,), out_ref.dtype)},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_combine_planned",
-    )(out_partial, lse_partial, sinks, plan.cuts, plan.idle, out_ref, lse_ref)
+    )(out_partial, lse_partial, left, sinks, out_ref, lse_ref)
 
 
 def _combine_kernel(out_partial_ref, lse_partial_ref, *refs, config: SplitConfig, row_smem=None):
@@ -100,15 +99,13 @@ def _combine_kernel(out_partial_ref, lse_partial_ref, *refs, config: SplitConfig
 
 
 def _planned_kernel(
-    out_partial_ref, lse_partial_ref, sinks_ref, cuts_ref, idle_ref, out_ref, lse_ref,
+    out_partial_ref, lse_partial_ref, left_ref, sinks_ref, out_ref, lse_ref,
     *, config: SplitConfig, row_smem=None,
 ):  # fmt: skip
     """A row of an item that is cut, and of every item of some sequences if they are idle."""
-    row, cut = map(lax.axis_index, ("row", "cut"))
-    b, head, first, count = (cuts_ref[cut, x] for x in range(4))
-    num_cuts, (B, T, K, G, _) = cuts_ref.shape[0], out_ref.shape
-    sequences = [cut + x for x in range(0, B, num_cuts)]
-    idle = [idle_ref[jnp.minimum(x, B - 1)] for x in sequences]
+    row, block = map(lax.axis_index, ("row", "block"))
+    num_blocks, (_, T, K, G, _) = left_ref.shape[0], out_ref.shape
+    b, head, first, count, *idle = (left_ref[block, x] for x in range(left_ref.shape[1]))
 
     def finish(b, head, add_chunks):
         """Stores what add_chunks makes of a row without any. Rows of no token or head are left."""
@@ -136,11 +133,11 @@ def _planned_kernel(
     # In a large batch a row has few chunks, and the loads of more than there are would be felt.
     pl.when((count > 1) & (count <= _FEW))(lambda: merge(_FEW))
     pl.when(count > _FEW)(lambda: merge(_AT_ONCE))
-    for sequence, is_idle in zip(sequences, idle, strict=True):
+    heads = K * config.row_blocks
+    for i, is_idle in enumerate(idle):
 
-        @pl.when((sequence < B) & (is_idle == 1))
-        def _(sequence=sequence):
-            heads = K * config.row_blocks
+        @pl.when(is_idle == 1)
+        def _(sequence=block + i * num_blocks):
             pl.loop(0, heads)(lambda head: finish(sequence, head, lambda start: start))
 
 

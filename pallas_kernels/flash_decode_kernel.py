@@ -70,26 +70,31 @@ def split_attention(
 def planned_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, lo: jax.Array, hi: jax.Array,
     sinks: jax.Array | None, plan: SplitPlan, out_dtype: Any, config: SplitConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Step 1 with chunks by plan, each thread block going through those that it has.
 
     Args:
       sinks: [N] float32 or None, one more logit per head with a zero value.
 
     Returns:
-      out_partial [chunks, rows, P] and lse_partial [chunks, rows], as in `split_attention`; and,
-      only of items that one chunk is all of, the results: out [B, T, K, G, H] in out_dtype, and lse
-      [B, K, row_blocks, rows] float32, natural log, sinks counted.
+      out_partial [chunks, rows, P] and lse_partial [chunks, rows], as in `split_attention`;
+      what is left to the combine, [blocks, 4 + ceil(B / blocks)] int32: the item that a block is
+      the first to hold a part of, by its sequence, its place there, its first chunk, and how many
+      it has, at most 1 if there is no such item; then which of the sequences b, b + blocks, ... of
+      block b are idle;
+      and, only of items that one chunk is all of, the results: out [B, T, K, G, H] in out_dtype,
+      and lse [B, K, row_blocks, rows] float32, natural log, sinks counted.
     """
-    (B, T, N, H), K = q.shape, k.shape[2]
+    (B, T, N, H), K, blocks = q.shape, k.shape[2], plan.blocks.shape[0]
     return plgpu.kernel(
         functools.partial(_planned_kernel, config=config),
         out_type=[
             *_partials(plan.chunks.shape[:1], config),
+            jax.ShapeDtypeStruct((blocks, 4 + -(-B // blocks)), jnp.int32),
             jax.ShapeDtypeStruct((B, T, K, N // K, H), out_dtype),
             jax.ShapeDtypeStruct((B, K, config.row_blocks, config.rows), jnp.float32),
         ],
-        grid=plan.blocks.shape[:1],
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=config.consumers + 1,
         thread_name="thread",
@@ -99,7 +104,7 @@ def planned_attention(
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_split_planned",
-    )(q, k, v, lo, hi, sinks, plan.blocks, plan.chunks)
+    )(q, k, v, lo, hi, sinks, *plan)
 
 
 def _partials(chunks, config):
@@ -137,8 +142,8 @@ def _split_kernel(q_ref, k_ref, v_ref, lo_ref, hi_ref, out_ref, lse_ref, *scratc
 
 
 def _planned_kernel(
-    q_ref, k_ref, v_ref, lo_ref, hi_ref, sinks_ref, blocks_ref, chunks_ref,
-    out_partial_ref, lse_partial_ref, out_ref, lse_ref, *, scratch, q_taken, config,
+    q_ref, k_ref, v_ref, lo_ref, hi_ref, sinks_ref, blocks_ref, chunks_ref, idle_ref,
+    out_partial_ref, lse_partial_ref, left_ref, out_ref, lse_ref, *, scratch, q_taken, config,
 ):  # fmt: skip
     """All chunks of one block. The ring runs on over their ends: while a result is stored, the next
     chunk's tiles are on their way."""
@@ -148,22 +153,22 @@ def _planned_kernel(
     first, count, tiles, *first_chunk = (blocks_ref[block, x] for x in range(3 + columns))
 
     def for_each_chunk(do):
-        """do(i, chunk, whole). What the plan says of the next one is loaded meanwhile."""
+        """do(i, chunk, pieces). What the plan says of the next one is loaded meanwhile."""
 
         def step(i, numbers):
             following = jnp.minimum(first + i + 1, chunks_ref.shape[0] - 1)
             next_numbers = tuple(chunks_ref[following, x] for x in range(columns))
-            b, head, base, begin, end, whole = numbers
+            b, head, base, begin, end, pieces = numbers
             row_blocks = jnp.int32(config.row_blocks)
             h, row_block = lax.div(head, row_blocks), lax.rem(head, row_blocks)
-            do(i, Chunk(b, h, row_block, base, begin, end), whole)
+            do(i, Chunk(b, h, row_block, base, begin, end), pieces)
             return next_numbers
 
         lax.fori_loop(0, count, step, tuple(first_chunk))
 
     @_consumers(config)
     def _consume(consumer):
-        def attend(i, chunk, whole):
+        def attend(i, chunk, pieces):
             slots = visible_slots(lo_ref, hi_ref, chunk.b, chunk.row_block, config)
             q = take_q(consumer, scratch, config)
             pl.when(consumer == 0)(lambda: plgpu.barrier_arrive(q_taken))
@@ -172,12 +177,12 @@ def _planned_kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def store(sums):
-                @pl.when(whole == 0)
+                @pl.when(pieces != 1)
                 def _partial():
                     refs = out_partial_ref.at[first + i], lse_partial_ref.at[first + i]
                     store_partial(sums, *refs, scratch, config)
 
-                @pl.when(whole == 1)
+                @pl.when(pieces == 1)
                 def _finished():
                     store_finished(sums, chunk, sinks_ref, out_ref, lse_ref, scratch, config)
 
@@ -197,11 +202,28 @@ def _planned_kernel(
             load_tiles(k_ref, v_ref, chunk, scratch, config)
 
         for_each_chunk(load)
+        _tell_what_is_left(block, first, count, chunks_ref, idle_ref, left_ref)
         drain(tiles, scratch, config)
 
         @pl.when(count > 0)
         def _():
             plgpu.barrier_wait(q_taken)
+
+
+def _tell_what_is_left(block, first, count, chunks_ref, idle_ref, left_ref):
+    """What the combine has to do for a block. It would find the plan itself far away in memory,
+    behind all keys and values; this it finds in the cache."""
+    num_blocks, B = left_ref.shape[0], idle_ref.shape[0]
+    # Only the last chunk of a block may be the first of several.
+    last = jnp.minimum(first + count, chunks_ref.shape[0]) - 1
+    b, head, *_, pieces = (chunks_ref[last, x] for x in range(chunks_ref.shape[1]))
+    pieces = jnp.where(count > 0, pieces, 0)
+    for column, value in enumerate((b, head, last, pieces)):
+        left_ref[block, column] = value
+    for column in range(4, left_ref.shape[1]):
+        sequence = block + (column - 4) * num_blocks
+        is_idle = idle_ref[jnp.minimum(sequence, B - 1)]
+        left_ref[block, column] = jnp.where(sequence < B, is_idle, 0)
 
 
 def _consumers(config):

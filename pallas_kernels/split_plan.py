@@ -29,16 +29,13 @@ class SplitPlan(NamedTuple):
         and what `chunks` says of the first, so that a block can begin with it.
       chunks: [num_blocks + B * heads - 1, 6], a chunk's sequence; its item there; base, begin, end:
         it holds the tiles base + i of its sequence for begin <= i < end, where i counts the tiles
-        of its block; and whether these are all of its item. Only the chunks that a block has mean
-        anything.
-      cuts: [min(num_blocks - 1, B * heads), 4], each item of several chunks once: its sequence, its
-        place there, its first chunk, and how many it has. Rows of at most one chunk mean nothing.
+        of its block; and how many chunks its item has, if this is the first of them, 0 if it is a
+        later one. They are in order. Only the chunks that a block has mean anything.
       idle: [B], whether nothing is visible, so that no chunk is of this sequence.
     """
 
     blocks: Array
     chunks: Array
-    cuts: Array
     idle: Array
 
 
@@ -81,8 +78,7 @@ def make_plan(lo: Array, hi: Array, *, block_kv: int, heads: int, num_blocks: in
     size = _range_size(share, jnp.maximum(tiles.max(), 1))
     line = _Line(first_tile, tiles, stop - tiles, stop, items, size)
     blocks = _blocks(line, heads, num_blocks)
-    chunks, cuts = _chunks(line, blocks[:, 0], heads), _cuts(line, heads, num_blocks)
-    return SplitPlan(blocks, chunks, cuts, jnp.where(tiles > 0, 0, 1))
+    return SplitPlan(blocks, _chunks(line, blocks[:, 0], heads), jnp.where(tiles > 0, 0, 1))
 
 
 def _range_size(share, longest):
@@ -118,27 +114,9 @@ def _chunk(line, block, item):
     item_start = item_start - block * line.size
     item_stop = item_start + line.tiles[b]
     begin, end = jnp.maximum(item_start, 0), jnp.minimum(item_stop, line.size)
-    whole = jnp.where((begin == item_start) & (end == item_stop), 1, 0)
-    return b, head, line.first_tile[b] - item_start, begin, end, whole
-
-
-def _cuts(line, heads, num_blocks):
-    """An item that is cut is found where it is cut for the first time, or, where items are fewer
-    than such places, among all of them."""
-    most = len(line.tiles) * heads
-    if most < num_blocks:
-        item = jnp.arange(most, dtype=jnp.int32)
-        found = item < line.num_items * heads
-    else:
-        block = jnp.arange(num_blocks - 1, dtype=jnp.int32)
-        last_tile = (block + 1) * line.size - 1
-        item = _item_at(line, last_tile)
-        start = _place(line, item)[2]
-        found = (last_tile < line.length * heads) & (start // line.size == block)
-    b, head, start = _place(line, item)
-    first_block, last_block = start // line.size, (start + line.tiles[b] - 1) // line.size
-    count = jnp.where(found, last_block - first_block + 1, 0)
-    return jnp.stack([b, head, first_block + item, count], axis=1)
+    # Of this block and the following ones, each has a part of the item until it ends.
+    pieces = jnp.where(begin == item_start, -(-item_stop // line.size), 0)
+    return b, head, line.first_tile[b] - item_start, begin, end, pieces
 
 
 def _item_at(line, place):

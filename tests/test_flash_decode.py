@@ -27,7 +27,6 @@ from jaxdecode.pallas_kernels import (
 from jaxdecode.pallas_kernels.combine_kernel import combine_planned
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
-from jaxdecode.pallas_kernels.split_plan import SplitPlan
 
 # (B, T, S, N, K, options): every grouping, row blocks over tokens and heads, and each option; few
 # rows and, from "24 rows" on, so many that two warpgroups share the tiles.
@@ -147,9 +146,8 @@ def items_of_plan(shape, H, lengths, window):
     config = split_config((B, T, N, H), (B, S, K, H), None, 0.1, None)
     ranges = visible_ranges(jnp.asarray(lengths), T, S, window=window)
     plan = jax.tree.map(np.asarray, flash_decode._plan(*ranges, (B, S, K, H), config))
-    whole = sum(plan.chunks[first : first + n, 5].sum() for first, n, *_ in plan.blocks)
-    cut = (plan.cuts[:, 3] > 1).sum()
-    return cut, cut + whole
+    pieces = [x for first, n, *_ in plan.blocks for x in plan.chunks[first : first + n, 5]]
+    return sum(x > 1 for x in pieces), sum(x > 0 for x in pieces)
 
 
 def test_interpreted_twice_gives_equal_bits(interpreter, few_blocks):
@@ -160,16 +158,16 @@ def test_interpreted_twice_gives_equal_bits(interpreter, few_blocks):
 
 def test_interpreted_merge_of_many_chunks(interpreter):
     """More chunks than are loaded together, of which the largest logits come late; a row that is
-    finished already; and idle sequences, more than there are cuts."""
+    finished already; and idle sequences, more than there are blocks."""
     rng = np.random.default_rng(0)
     out, lse = rng.normal(size=(40, 8, 128)), rng.normal(size=(40, 8)) + np.arange(40)[:, None]
     out, lse = (jnp.asarray(x, jnp.float32) for x in (out, lse))
-    cuts, idle = jnp.array([[0, 0, 0, 37], [1, 0, 38, 1]]), jnp.array([0, 0, 1, 1, 1])
-    plan = SplitPlan(jnp.zeros((3, 9), jnp.int32), jnp.zeros((40, 6), jnp.int32), cuts, idle)
+    # Sequence, place, first chunk, chunks; and of two blocks and five sequences, which are idle.
+    left = jnp.array([[0, 0, 0, 37, 0, 1, 1], [1, 0, 38, 1, 0, 1, 0]])
     config = split_config((5, 1, 2, 128), (5, 8192, 1, 128), None, 0.1, None)
     merged_ref = jax.new_ref(jnp.full((5, 1, 1, 2, 128), 7.0))
     lse_ref = jax.new_ref(jnp.full((5, 1, 1, 8), 7.0))
-    combine_planned(out, lse, None, plan, merged_ref, lse_ref, config)
+    combine_planned(out, lse, left, None, merged_ref, lse_ref, config)
     merged, merged_lse = jax.freeze(merged_ref)[:, 0, 0], jax.freeze(lse_ref)[:, 0, 0, :2]
     expected, expected_lse = combine_partials(out[:37, :2], lse[:37, :2] / np.log2(np.e))
     np.testing.assert_allclose(merged[0], expected, rtol=1e-5, atol=1e-6)

@@ -29,53 +29,42 @@ def plan(lo, hi, heads, num_blocks):
 
 
 def chunks_of(blocks, chunks):
-    """(block, number, sequence, head, tiles, whether they are all) of every chunk of a block."""
+    """(block, number, sequence, head, tiles, pieces) of every chunk of a block."""
     for block, (first, count, tiles, *first_chunk) in enumerate(blocks.tolist()):
         end_before = 0
         assert count == 0 or first_chunk == chunks[first].tolist()
         for number in range(first, first + count):
-            b, head, base, begin, end, whole = chunks[number].tolist()
+            b, head, base, begin, end, pieces = chunks[number].tolist()
             assert begin == end_before, "a block's tiles are counted through"
             assert begin < end, "no chunk is empty"
             end_before = end
-            yield block, number, b, head, range(base + begin, base + end), whole
+            yield block, number, b, head, range(base + begin, base + end), pieces
         assert end_before == tiles
 
 
 def check_plan(lo, hi, heads, num_blocks):
-    blocks, chunks, cuts, idle = plan(lo, hi, heads, num_blocks)
+    blocks, chunks, idle = plan(lo, hi, heads, num_blocks)
     assert idle.tolist() == [
         int(min(x) // BLOCK >= -(-max(y) // BLOCK)) for x, y in zip(lo, hi, strict=True)
     ]
     assert len(blocks) == num_blocks
     assert len(chunks) == num_blocks + len(lo) * heads - 1
-    assert len(cuts) == min(num_blocks - 1, len(lo) * heads)
     seen = [range(min(x) // BLOCK, -(-max(y) // BLOCK)) for x, y in zip(lo, hi, strict=True)]
-    owner, whole_by, work = {}, {}, [0] * num_blocks
-    for block, number, b, head, tiles, whole in chunks_of(blocks, chunks):
+    owner, pieces_by, work = {}, {}, [0] * num_blocks
+    for block, number, b, head, tiles, pieces in chunks_of(blocks, chunks):
         work[block] += len(tiles)
-        whole_by[number] = whole
+        pieces_by[number] = pieces
         for tile in tiles:
             assert (b, head, tile) not in owner, "a tile has one owner"
             owner[b, head, tile] = number
     expected = [(b, h, t) for b, tiles in enumerate(seen) for h in range(heads) for t in tiles]
     assert sorted(owner) == expected
     assert 20 * max(work) <= 21 * -(-len(expected) // num_blocks)
-    expected_cuts = {}
     for (b, tiles), head in itertools.product(enumerate(seen), range(heads)):
         numbers = sorted({owner[b, head, tile] for tile in tiles})
         assert numbers == [numbers[0] + i for i in range(len(numbers))] if numbers else not tiles
-        assert [whole_by[x] for x in numbers] == [int(len(numbers) == 1)] * len(numbers)
-        if len(numbers) > 1:
-            expected_cuts[b, head] = (numbers[0], len(numbers))
-    found = [
-        (tuple(place), tuple(span))
-        for *place, first, count in cuts.tolist()
-        for span in [(first, count)]
-        if count > 1
-    ]
-    assert len(found) == len(expected_cuts), "each is merged once"
-    assert dict(found) == expected_cuts
+        later_ones = [0] * (len(numbers) - 1)
+        assert [pieces_by[x] for x in numbers] == [len(numbers), *later_ones][: len(numbers)]
 
 
 LENGTHS = st.lists(
@@ -149,8 +138,8 @@ def test_no_number_of_equal_chunks_is_faster(name):
 def test_equal_items_that_fill_the_blocks_are_not_cut(name):
     lengths, K = BATCHES[name]
     hi = np.array(lengths)[:, None]
-    _, _, cuts, _ = plan(np.zeros_like(hi), hi, K, NUM_SMS)
-    assert cuts[:, 3].max() <= 1
+    blocks, chunks, _ = plan(np.zeros_like(hi), hi, K, NUM_SMS)
+    assert {pieces for *_, pieces in chunks_of(blocks, chunks)} == {1}
 
 
 def test_layers_of_a_step_share_one_plan():
