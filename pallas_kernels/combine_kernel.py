@@ -21,6 +21,9 @@ from jaxdecode.pallas_kernels.split_config import SplitConfig
 
 # Chunks of a row that are in flight together where their number is not known when compiled.
 _AT_ONCE, _FEW = 16, 2
+# Rows of a thread block. In most batches few items are cut, and the blocks have nothing to do: to
+# start eight times as many as there are multiprocessors took a microsecond.
+_ROWS_TOGETHER = 4
 
 
 def combine_splits(
@@ -66,13 +69,17 @@ def combine_planned(
         lse_ref, which this writes the other rows of.
       sinks: [N] float32 or None, one more logit per head with a zero value.
     """
-    H, padded = out_ref.shape[-1], out_partial.shape[-1]
+    H, padded, rows = out_ref.shape[-1], out_partial.shape[-1], config.block_t * config.block_g
+    together = min(_ROWS_TOGETHER, rows)
+    row_smem = plgpu.SMEM((together, padded), out_ref.dtype)
     plgpu.kernel(
-        functools.partial(_planned_kernel, config=config),
+        functools.partial(_planned_kernel, config=config, rows=rows),
         out_type=(),
-        grid=(config.block_t * config.block_g, left.shape[0]),
-        grid_names=("row", "block"),
-        scratch_types={} if H == padded else {"row_smem": plgpu.SMEM((padded,), out_ref.dtype)},
+        grid=(-(-rows // together), left.shape[0]),
+        grid_names=("rows", "block"),
+        num_threads=together,
+        thread_name="row",
+        scratch_types={} if H == padded else {"row_smem": row_smem},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_combine_planned",
     )(out_partial, lse_partial, left, sinks, out_ref, lse_ref)
@@ -100,10 +107,13 @@ def _combine_kernel(out_partial_ref, lse_partial_ref, *refs, config: SplitConfig
 
 def _planned_kernel(
     out_partial_ref, lse_partial_ref, left_ref, sinks_ref, out_ref, lse_ref,
-    *, config: SplitConfig, row_smem=None,
+    *, config: SplitConfig, rows: int, row_smem=None,
 ):  # fmt: skip
-    """A row of an item that is cut, and of every item of some sequences if they are idle."""
-    row, block = map(lax.axis_index, ("row", "block"))
+    """Rows of an item that is cut, and of every item of some sequences if they are idle; each in a
+    warpgroup of its own."""
+    group, warpgroup, block = map(lax.axis_index, ("rows", "row", "block"))
+    row = group * min(_ROWS_TOGETHER, rows) + warpgroup
+    row_smem = None if row_smem is None else row_smem.at[warpgroup]
     num_blocks, (_, T, K, G, _) = left_ref.shape[0], out_ref.shape
     b, head, first, count, *idle = (left_ref[block, x] for x in range(left_ref.shape[1]))
 
@@ -112,7 +122,7 @@ def _planned_kernel(
         h, row_block = (f(head, jnp.int32(config.row_blocks)) for f in (lax.div, lax.rem))
         t, g = _token_and_head(row_block, row, config)
 
-        @pl.when((t < T) & (g < G))
+        @pl.when((t < T) & (g < G) & (row < rows))
         def _():
             sink = None if sinks_ref is None else sinks_ref[h * G + g]
             top, total, merged = add_chunks(_start_of_row(sink, out_partial_ref.shape[-1]))
