@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecode.pallas_kernels.mosaic import LOG2_E, reduce_tree
 from jaxdecode.pallas_kernels.split_config import SplitConfig
+from jaxdecode.pallas_kernels.split_plan import ToCombine
 
 # Chunks of a row that are in flight together where their number is not known when compiled.
 _AT_ONCE, _FEW = 16, 2
@@ -58,31 +59,31 @@ def combine_splits(
 
 
 def combine_planned(
-    out_partial: jax.Array, lse_partial: jax.Array, left: jax.Array, sinks: jax.Array | None,
-    out_ref: Any, lse_ref: Any, config: SplitConfig,
-) -> None:  # fmt: skip
+    to_combine: ToCombine, sinks: jax.Array | None, out_ref: Any, lse_ref: Any, config: SplitConfig
+) -> None:
     """Step 2 for chunks by plan, of what step 1 could not finish: merges what is cut, and fills in
     the rows of idle sequences.
 
     Args:
-      out_partial, lse_partial, left: from `planned_attention`, as are the arrays in out_ref and
-        lse_ref, which this writes the other rows of.
+      to_combine: from `planned_attention`, as are the arrays in out_ref and lse_ref, which this
+        writes the other rows of.
       sinks: [N] float32 or None, one more logit per head with a zero value.
     """
-    H, padded, rows = out_ref.shape[-1], out_partial.shape[-1], config.block_t * config.block_g
+    H, padded = out_ref.shape[-1], to_combine.out_partial.shape[-1]
+    rows = config.block_t * config.block_g
     together = min(_ROWS_TOGETHER, rows)
     row_smem = plgpu.SMEM((together, padded), out_ref.dtype)
     plgpu.kernel(
         functools.partial(_planned_kernel, config=config, rows=rows),
         out_type=(),
-        grid=(-(-rows // together), left.shape[0]),
+        grid=(-(-rows // together), to_combine.left.shape[0]),
         grid_names=("rows", "block"),
         num_threads=together,
         thread_name="row",
         scratch_types={} if H == padded else {"row_smem": row_smem},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_combine_planned",
-    )(out_partial, lse_partial, left, sinks, out_ref, lse_ref)
+    )(*to_combine, sinks, out_ref, lse_ref)
 
 
 def _combine_kernel(out_partial_ref, lse_partial_ref, *refs, config: SplitConfig, row_smem=None):

@@ -1,7 +1,12 @@
 """Which kernels serve a problem of which size: the crossover points, in one table.
 
-All were measured on an H200 with bfloat16 and head_dim 128. They are rules of the shapes alone: an
-H100 has the same multiprocessors, and who finds other points there changes them here.
+cuDNN is in no row of it: with lengths, and its empty rows zeroed, it took 24.5 us where the split
+kernels took 21.6 (256 sequences of 256 tokens, 16/2 heads), 22.7 and 21.3 (128 x 512), 21.4 and
+20.8 (64 x 1024), 123.4 and 123.2 (64 x 8192), 473.7 and 475.4 (16 x 8192, 32/32 heads), and more
+than twice as long for few sequences, and for many of different lengths.
+
+All points were measured on an H200 with bfloat16 and head_dim 128. They are rules of the shapes
+alone: an H100 has the same multiprocessors, and who finds other points there changes them here.
 
 B batch, T query tokens, S capacity, N query heads, K KV heads.
 """
@@ -17,14 +22,9 @@ _MOST_DECODE_TOKENS = 16
 # Query rows of a block of the wide-query kernel.
 WIDE_ROWS = 128
 # Row blocks that the split kernels go through while each multiprocessor does a block of the
-# wide-query kernel: against 32k tokens 2.5 us for a row block, 415 us for a round of 132 blocks. It
+# wide-query kernel: against 32k tokens 2.3 us for a row block, 420 us for a round of 132 blocks. It
 # tells the faster one for 17 to 256 tokens of 64/8 and of 16/2 heads.
-_ROW_BLOCKS_PER_ROUND = 72
-# cuDNN gives every KV head of a sequence a small block of its own and merges nothing: 25.2 us where
-# the split kernels take 26.7 for 256 x 256 tokens of 16/2 heads. For 128 x 512 (23.7 and 23.9) and
-# 64 x 1024 (22.3 and 22.7) it takes longer back to back; from 32 x 2048 on it is the slower one.
-_CUDNN_LEAST_HEADS = 512
-_CUDNN_MOST_CAPACITY = 256
+_ROW_BLOCKS_PER_ROUND = 180
 
 
 def wide_is_faster(q_shape: Shape, k_shape: Shape) -> bool:
@@ -41,9 +41,3 @@ def wide_is_faster(q_shape: Shape, k_shape: Shape) -> bool:
 def wide_heads(q_shape: Shape, k_shape: Shape) -> int:
     """Query heads of a block of the wide-query kernel: two of a KV head that has evenly many."""
     return 1 if q_shape[2] // k_shape[2] % 2 else 2
-
-
-def cudnn_is_faster(k_shape: Shape) -> bool:
-    """Whether cuDNN serves one query token for each sequence faster than the split kernels do."""
-    B, S, K, _ = k_shape
-    return B * K >= _CUDNN_LEAST_HEADS and S <= _CUDNN_MOST_CAPACITY

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxdecode.pallas_kernels import cudnn, flash_decode, prefill, xla
-from jaxdecode.pallas_kernels.crossover import cudnn_is_faster, wide_is_faster
+from jaxdecode.pallas_kernels.crossover import wide_is_faster
 from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
@@ -115,7 +115,7 @@ def decode_attention(
     kv_len, q_start = int32_lengths(k, kv_len, q_start)
     lo, hi = visible_ranges(kv_len, q.shape[1], k.shape[1], q_start=q_start, window=window)
     if choice.implementation == "cudnn":
-        return _attend_by_cudnn(choice, q, k, v, lo, hi, scale)
+        return cudnn.attend(*vary_alike(q, k, v, lo, hi), scale)
     out, lse = attend_ranges(
         choice, q, k, v, lo, hi, scale=scale, softcap=softcap, sinks=sinks, num_splits=num_splits,
         out_dtype=out_dtype,
@@ -175,21 +175,8 @@ def choose(
         return AttentionChoice("flash_decode", "asked for", asked_for=implementation is not None)
     if obstacle is not None:
         return AttentionChoice("xla", f"the portable implementation; {obstacle}")
-    if not_cudnn is None and cudnn_is_faster(k.shape):
-        return AttentionChoice("cudnn", "the fastest for many short sequences on this GPU")
     kind = "wide-query kernel" if _is_wide(q, k, num_splits) else "split-KV kernels"
     return AttentionChoice("flash_decode", f"{kind} for this GPU")
-
-
-def _attend_by_cudnn(
-    choice: AttentionChoice, q: Array, k: Array, v: Array, lo: Array, hi: Array, scale: float
-) -> Array:
-    operands = vary_alike(q, k, v, lo, hi)
-    if choice.asked_for:
-        return cudnn.attend(*operands, scale)
-    # As in `attend_ranges`.
-    by_cudnn, portable = (lambda *x, f=f: f(*x, scale) for f in (cudnn.attend, cudnn.portable))
-    return lax.platform_dependent(*operands, cuda=by_cudnn, default=portable)
 
 
 def _is_wide(q: Any, k: Any, num_splits: int | None) -> bool:

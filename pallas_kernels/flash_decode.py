@@ -116,11 +116,11 @@ def _by_plan(q, k, v, lo, hi, sinks, plan, config, out_dtype):
     from jaxdecode.pallas_kernels import combine_kernel, flash_decode_kernel
 
     B, T, N, H = q.shape
-    *to_combine, out, lse = flash_decode_kernel.planned_attention(
+    to_combine, out, lse = flash_decode_kernel.planned_attention(
         q, k, v, lo, hi, sinks, plan, out_dtype, config
     )
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-    combine_kernel.combine_planned(*to_combine, sinks, out_ref, lse_ref, config)
+    combine_kernel.combine_planned(to_combine, sinks, out_ref, lse_ref, config)
     out, lse = jax.freeze(out_ref), jax.freeze(lse_ref)
     return out.reshape(B, T, N, H), _lse_of_tokens(lse, (B, T, N), config)
 

@@ -33,7 +33,7 @@ from jaxdecode.pallas_kernels.chunk_kernel import (
 )
 from jaxdecode.pallas_kernels.mosaic import THREADS, reduce_tree
 from jaxdecode.pallas_kernels.split_config import SplitConfig
-from jaxdecode.pallas_kernels.split_plan import SplitPlan
+from jaxdecode.pallas_kernels.split_plan import SplitPlan, ToCombine
 from jaxdecode.pallas_kernels.store_kernel import gather, store_finished, store_partial
 
 # Of each thread where three warpgroups share 504.
@@ -70,23 +70,19 @@ def split_attention(
 def planned_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, lo: jax.Array, hi: jax.Array,
     sinks: jax.Array | None, plan: SplitPlan, out_dtype: Any, config: SplitConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[ToCombine, jax.Array, jax.Array]:  # fmt: skip
     """Step 1 with chunks by plan, each thread block going through those that it has.
 
     Args:
       sinks: [N] float32 or None, one more logit per head with a zero value.
 
     Returns:
-      out_partial [chunks, rows, P] and lse_partial [chunks, rows], as in `split_attention`;
-      what is left to the combine, [blocks, 4 + ceil(B / blocks)] int32: the item that a block is
-      the first to hold a part of, by its sequence, its place there, its first chunk, and how many
-      it has, at most 1 if there is no such item; then which of the sequences b, b + blocks, ... of
-      block b are idle;
-      and, only of items that one chunk is all of, the results: out [B, T, K, G, H] in out_dtype,
-      and lse [B, K, row_blocks, rows] float32, natural log, sinks counted.
+      What is left to combine; and, only of items that one chunk is all of, the results: out
+      [B, T, K, G, H] in out_dtype, and lse [B, K, row_blocks, rows] float32, natural log, sinks
+      counted.
     """
     (B, T, N, H), K, blocks = q.shape, k.shape[2], plan.blocks.shape[0]
-    return plgpu.kernel(
+    *to_combine, out, lse = plgpu.kernel(
         functools.partial(_planned_kernel, config=config),
         out_type=[
             *_partials(plan.chunks.shape[:1], config),
@@ -105,6 +101,7 @@ def planned_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_split_planned",
     )(q, k, v, lo, hi, sinks, *plan)
+    return ToCombine(*to_combine), out, lse
 
 
 def _partials(chunks, config):

@@ -39,6 +39,23 @@ class SplitPlan(NamedTuple):
     idle: Array
 
 
+class ToCombine(NamedTuple):
+    """What the split kernel leaves to the combine.
+
+    Attributes:
+      out_partial, lse_partial: [chunks, rows, P] and [chunks, rows], of chunks that are not all of
+        their item.
+      left: [num_blocks, 4 + ceil(B / num_blocks)] int32, for each block: the item that it is the
+        first to hold a part of, by its sequence, its place there, its first chunk, and how many it
+        has, at most 1 if there is no such item; then whether the sequences block,
+        block + num_blocks, ... are idle.
+    """
+
+    out_partial: Array
+    lse_partial: Array
+    left: Array
+
+
 class _Line(NamedTuple):
     """Where the sequences [B] lie in the line of tiles of one head, and the length of a range.
 

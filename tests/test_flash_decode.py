@@ -27,6 +27,7 @@ from jaxdecode.pallas_kernels import (
 from jaxdecode.pallas_kernels.combine_kernel import combine_planned
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
+from jaxdecode.pallas_kernels.split_plan import ToCombine
 
 # (B, T, S, N, K, options): every grouping, row blocks over tokens and heads, and each option; few
 # rows and, from "24 rows" on, so many that two warpgroups share the tiles.
@@ -167,7 +168,7 @@ def test_interpreted_merge_of_many_chunks(interpreter):
     config = split_config((5, 1, 2, 128), (5, 8192, 1, 128), None, 0.1, None)
     merged_ref = jax.new_ref(jnp.full((5, 1, 1, 2, 128), 7.0))
     lse_ref = jax.new_ref(jnp.full((5, 1, 1, 8), 7.0))
-    combine_planned(out, lse, left, None, merged_ref, lse_ref, config)
+    combine_planned(ToCombine(out, lse, left), None, merged_ref, lse_ref, config)
     merged, merged_lse = jax.freeze(merged_ref)[:, 0, 0], jax.freeze(lse_ref)[:, 0, 0, :2]
     expected, expected_lse = combine_partials(out[:37, :2], lse[:37, :2] / np.log2(np.e))
     np.testing.assert_allclose(merged[0], expected, rtol=1e-5, atol=1e-6)
