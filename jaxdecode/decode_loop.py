@@ -141,6 +141,8 @@ def decode(
       implementation, num_splits: of attention, see `jaxdecode.decode_attention`.
     """
 
+    mailboxes = static.merge(leaves).open_mailboxes((state.cache.batch_size, 1))
+
     def step(state: DecodeState, _: None) -> tuple[DecodeState, DecodedTokens]:
         # Merged inside the step: modules made outside belong to another trace level.
         model = static.merge(leaves)
@@ -150,7 +152,7 @@ def decode(
         stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
         logits, cache = model(
             token[:, None], state.cache, num_tokens=active.astype(jnp.int32), logits="last",
-            implementation=implementation, num_splits=num_splits,
+            implementation=implementation, num_splits=num_splits, mailboxes=mailboxes,
         )  # fmt: skip
         # Each device samples from whole rows.
         logits = static.sharding.constrain(logits[:, 0], "BD")

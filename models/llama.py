@@ -21,10 +21,11 @@ from flax import nnx
 
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, cache_tree
+from jaxdecode.models.mailboxes import Mailboxes, open_mailboxes
 from jaxdecode.models.rope import rope_table
 from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import attend_part, decode_attention, merge_columns
-from jaxdecode.pallas_kernels.peer import Mailbox
+from jaxdecode.pallas_kernels.peer import resume, side_by_side
 from jaxdecode.pallas_kernels.rope_append import rotate_and_append
 
 Array = jax.Array
@@ -39,8 +40,7 @@ class Step:
       cos, sin: [B, T, 1, H / 2] rotations at the tokens' positions.
       implementation, num_splits: passed to decode_attention.
       sharding: how the arrays are cut.
-      sums, merges: what sums of [B, T, D] over the devices and the parts of attention go through;
-        None for collectives of XLA.
+      mailboxes: what sums of [B, T, D] and the parts of attention go through.
     """
 
     num_tokens: Array
@@ -49,8 +49,7 @@ class Step:
     implementation: str | None
     num_splits: int | None
     sharding: Sharding
-    sums: Mailbox | None
-    merges: Mailbox | None
+    mailboxes: Mailboxes
 
 
 class Partial(NamedTuple):
@@ -72,7 +71,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array, result: Partial, step: Step) -> tuple[Array, Array]:
         scale = self.scale[...]
-        return step.sharding.sum_and_norm(x, *result, scale, self.eps, step.sums)
+        return step.sharding.sum_and_norm(x, *result, scale, self.eps, step.mailboxes.sums)
 
 
 class Attention(nnx.Module):
@@ -128,7 +127,7 @@ class Attention(nnx.Module):
             return decode_attention(*operands, **options)
         part = cache.part(step.sharding.index("S"))
         out, lse = attend_part(*operands, part, **options)
-        return merge_columns(out, lse, step.sharding.axes("S"), step.merges)
+        return merge_columns(out, lse, step.sharding.axes("S"), step.mailboxes.merges)
 
 
 class Mlp(nnx.Module):
@@ -191,6 +190,7 @@ class Llama(nnx.Module):
         logits: Literal["all", "last"] = "all",
         implementation: str | None = None,
         num_splits: int | None = None,
+        mailboxes: Mailboxes | None = None,
     ) -> tuple[Array, KVCache]:  # fmt: skip
         """Runs new tokens through the decoder and appends them to the cache.
 
@@ -200,6 +200,7 @@ class Llama(nnx.Module):
           num_tokens: [B] integers in [0, T], real tokens of each row (0: idle). None: all T.
           logits: "all", or "last" for each row's last real token only.
           implementation, num_splits: as in `jaxdecode.decode_attention`.
+          mailboxes: from `open_mailboxes`, for the calls of a loop. None: each call has its own.
 
         Returns:
           (logits [B, T, V] float32, or [B, 1, V] for "last"; cache, longer by num_tokens).
@@ -216,18 +217,17 @@ class Llama(nnx.Module):
             "last": logits == "last", "implementation": implementation, "num_splits": num_splits,
         }  # fmt: skip
         if self.sharding.mesh is None:
-            return self._run(tokens, cache, num_tokens, **options)
-        return _run_sharded(*nnx.split(self), tokens, cache, num_tokens, **options)
+            return self._run(Mailboxes(), tokens, cache, num_tokens, **options)
+        return _run_sharded(*nnx.split(self), mailboxes, tokens, cache, num_tokens, **options)
 
     def _run(
-        self, tokens: Array, cache: KVCache, num_tokens: Array, *,
+        self, mailboxes: Mailboxes, tokens: Array, cache: KVCache, num_tokens: Array, *,
         last: bool, implementation: str | None, num_splits: int | None,
     ) -> tuple[Array, KVCache]:  # fmt: skip
         """The step on one device; logits [B, T or 1, V] of its part of the vocabulary."""
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         cos, sin = rope_table(self.config, positions)
-        sums, merges = self._mailboxes(tokens.shape)
-        step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, sums, merges)
+        step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, mailboxes)
         result = self._embed(tokens)
         x = jnp.zeros_like(result.x)
         for block in self.layers:
@@ -236,14 +236,6 @@ class Llama(nnx.Module):
         if last:
             x = jnp.take_along_axis(x, jnp.maximum(num_tokens - 1, 0)[:, None, None], axis=1)
         return self._logits(x), cache.advance(num_tokens)
-
-    def _mailboxes(self, shape: tuple[int, ...]) -> tuple[Mailbox | None, Mailbox | None]:
-        """`Step.sums` and `Step.merges` for tokens of this shape."""
-        config, sharding = self.config, self.sharding
-        # The devices that hold parts of F are those that hold parts of NH, and of V if any do.
-        sums = sharding.mailbox("F", (*shape, config.embed_dim), self.dtype)
-        columns = sharding.local_shape("NH", (config.num_q_heads, config.head_dim))
-        return sums, sharding.mailbox("S", (*shape, *columns), jnp.float32, arrays=2)
 
     def _embed(self, tokens: Array) -> Partial:
         table = self.embed[...]
@@ -268,6 +260,10 @@ class Llama(nnx.Module):
         """An empty cache of `capacity` tokens per sequence, in the weights' dtype unless given."""
         dtype = dtype or self.dtype
         return KVCache.create(self.config, batch_size, capacity, dtype, self.sharding)
+
+    def open_mailboxes(self, shape: tuple[int, ...]) -> Mailboxes:
+        """For a loop of calls with tokens of this shape, inside the jitted function around it."""
+        return open_mailboxes(self.config, self.sharding, shape, self.dtype)
 
     def params(self) -> dict[str, Array]:
         """The weights by dotted name, in the order of `param_shapes`."""
@@ -303,31 +299,35 @@ class Llama(nnx.Module):
 # A jit of its own: outside of any, shard_map compiles every operation at every call.
 @partial(jax.jit, static_argnames=("graph", "last", "implementation", "num_splits"))
 def _run_sharded(
-    graph: Any, state: Any, tokens: Array, cache: KVCache, num_tokens: Array, *,
-    last: bool, implementation: str | None, num_splits: int | None,
+    graph: Any, state: Any, mailboxes: Mailboxes | None, tokens: Array, cache: KVCache,
+    num_tokens: Array, *, last: bool, implementation: str | None, num_splits: int | None,
 ) -> tuple[Array, KVCache]:  # fmt: skip
     """`Llama._run` on each device with its part of the weights, of the cache and of the batch."""
     model = nnx.merge(graph, state)
     sharding, letters = model.sharding, param_letters(model.config)
     flat, spec = nnx.to_flat_state(state), sharding.spec
     cache_specs = cache_tree(model.config, sharding.parts("S"), spec)
+    mailboxes = model.open_mailboxes(tokens.shape) if mailboxes is None else mailboxes
 
-    def run(leaves: list[Array], *operands: Any) -> tuple[Array, KVCache]:
+    def run(leaves: list[Array], mailboxes: Mailboxes, *operands: Any) -> tuple[Array, KVCache]:
         parts = [(path, x.replace(leaf)) for (path, x), leaf in zip(flat, leaves, strict=True)]
-        return nnx.merge(graph, nnx.from_flat_state(parts))._run(
-            *operands, last=last, implementation=implementation, num_splits=num_splits
-        )
+        part = nnx.merge(graph, nnx.from_flat_state(parts))
+        with resume(mailboxes) as own:
+            return part._run(
+                own, *operands, last=last, implementation=implementation, num_splits=num_splits
+            )
 
     return jax.shard_map(
         run,
         mesh=sharding.mesh,
         in_specs=(
-            [spec(letters[_dotted(path)]) for path, _ in flat], spec("BT"), cache_specs, spec("B"),
+            [spec(letters[_dotted(path)]) for path, _ in flat],
+            side_by_side(sharding.mesh), spec("BT"), cache_specs, spec("B"),
         ),
         out_specs=(spec("BTV"), cache_specs),
     )(
         # What a caller put on a mesh with Explicit axes would not be moved to its place.
-        [x[...] for _, x in flat], sharding.constrain(tokens, "BT"), cache,
+        [x[...] for _, x in flat], mailboxes, sharding.constrain(tokens, "BT"), cache,
         sharding.constrain(num_tokens, "B"),
     )  # fmt: skip
 

@@ -6,20 +6,23 @@ kernels here write them into the peers' memory themselves.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxdecode.pallas_kernels import norm
-from jaxdecode.pallas_kernels.varying import vary_over, varying_axes
+from jaxdecode.pallas_kernels.varying import vary_over, vary_over_none, varying_axes
 
 Array = jax.Array
+Mailboxes = TypeVar("Mailboxes")
 
 DTYPES = ("bfloat16", "float16", "float32")
 # What the threads of one block exchange at a time.
@@ -67,11 +70,13 @@ def why_not_here(mesh: Mesh) -> str | None:
     return None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mailbox:
     """Where the devices of a group leave each other arrays of one shape and dtype, turn by turn.
 
-    Lives inside the trace of one `jax.shard_map` over the whole mesh; loops may use it.
+    A pytree. Lives inside the trace of one `jax.shard_map` over the whole mesh; loops may use it.
+    One from `open_around` lives around such traces, and in each as `resume` gives it.
 
     Attributes:
       shape, dtype: of the arrays.
@@ -80,10 +85,10 @@ class Mailbox:
       slots, turns: Refs, as peer_kernels.py says.
     """
 
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    arrays: int
-    group: tuple[tuple[str, int], ...]
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    arrays: int = dataclasses.field(metadata={"static": True})
+    group: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})
     slots: Any
     turns: Any
 
@@ -115,6 +120,40 @@ def open_mailbox(
     nothing = jnp.zeros(arrays * math.prod(shape), dtype)
     _sum(nothing, slots, turns, group=group, wait_for_all=True)
     return Mailbox(shape, jnp.dtype(dtype), arrays, group, slots, turns)
+
+
+def open_around(open_all: Callable[[], Mailboxes], mesh: Mesh) -> Mailboxes:
+    """The mailboxes, any pytree of them, that `open_all` opens inside a `jax.shard_map`, for others
+    over the same mesh, such as the steps of a loop: each of them calls `resume`.
+
+    Their Refs hold what all devices have, side by side. For use inside one jitted function, in
+    which nothing else reads them: then XLA has one buffer for each from the first turn to the last.
+    """
+    everywhere = frozenset(mesh.axis_names)
+
+    def opened() -> Mailboxes:
+        return jax.tree.map(lambda ref: vary_over(ref[...], everywhere), open_all())
+
+    arrays = jax.shard_map(opened, mesh=mesh, in_specs=(), out_specs=side_by_side(mesh))()
+    return jax.tree.map(jax.new_ref, arrays)
+
+
+def side_by_side(mesh: Mesh) -> PartitionSpec:
+    """How what `open_around` gives is cut for each `jax.shard_map`."""
+    return PartitionSpec(mesh.axis_names)
+
+
+@contextlib.contextmanager
+def resume(mailboxes: Mailboxes) -> Iterator[Mailboxes]:
+    """Mailboxes from `open_around`, which one `jax.shard_map` was given cut as `side_by_side`, for
+    use inside it. The next one goes on with the turns."""
+    lent, structure = jax.tree.flatten(mailboxes)
+    # Kernels take no Refs of varying type. What is read and written here XLA does not copy.
+    values = [ref[...] for ref in lent]
+    own = [jax.new_ref(vary_over_none(x)) for x in values]
+    yield jax.tree.unflatten(structure, own)
+    for ref, x, taken in zip(lent, values, own, strict=True):
+        ref[...] = vary_over(taken[...], varying_axes(x))
 
 
 def all_reduce(x: Array, axes: tuple[str, ...], mailbox: Mailbox) -> Array:

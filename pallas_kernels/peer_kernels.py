@@ -8,6 +8,10 @@ and may overwrite them in the next: the two halves take turns, however far a dev
 
 That holds for each block of a mailbox by itself: whoever exchanges one is on every device the only
 one to read its slots, and to count its turns, in the order of the launches.
+
+Peers write to where a program has its mailbox: from the zeros on it must stay there, and no copy
+may take its place. Who has the slots of the last turn has all that peers ever write to it, and may
+use the memory for something else.
 """
 
 from __future__ import annotations

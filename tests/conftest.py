@@ -32,6 +32,7 @@ KERNEL_TESTS = [
     "test_rope_append.py",
     "test_rope_append_gpu.py",
 ]
+SEVERAL_GPUS = ["test_mailboxes_gpu.py", "test_peer_gpu.py"]
 collect_ignore = KERNEL_TESTS if jax.__version_info__ < (0, 11, 2) else []
 
 # Compiling takes longer than any deadline. In CI the examples are the same every time.
@@ -65,7 +66,7 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """What several GPUs exchange has no tests for one."""
-    if collection_path.name == "test_peer_gpu.py" and selects_gpu(config.option.markexpr):
+    if collection_path.name in SEVERAL_GPUS and selects_gpu(config.option.markexpr):
         return jax.device_count() == 1 or None
     return None
 

@@ -5,7 +5,6 @@ With one GPU there is nothing to sum: conftest.py then leaves this file out.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -14,15 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import copies
 
-from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import Llama, param_letters
-from jaxdecode.models.sharding import Sharding, fit_mesh
 from jaxdecode.pallas_kernels import combine_partials, merge_columns, norm, peer
 
 pytestmark = pytest.mark.gpu
@@ -333,55 +327,3 @@ def test_a_mesh_in_another_order_is_left_to_nccl(monkeypatch):
     assert kind == "xla"
     assert "in this order" in reason
     assert sharding.choose_collectives(Mesh(devices, ("tensor",)))[0] == "peer"
-
-
-CONFIG = LlamaConfig(
-    vocab_size=512, embed_dim=1024, ffw_dim=2048, num_layers=3, num_q_heads=16, num_kv_heads=8,
-    head_dim=64, max_positions=512, dtype="float32",
-)  # fmt: skip
-
-
-def model_on(sharding: Sharding) -> Llama:
-    params, letters = Llama(CONFIG, nnx.Rngs(0)).params(), param_letters(CONFIG)
-    if sharding.mesh is not None:
-        params = {k: jax.device_put(x, sharding.named(letters[k])) for k, x in params.items()}
-    return Llama.from_params(CONFIG, params, sharding)
-
-
-def decoding(model: Llama, steps: int):
-    """(jitted, operands) of a loop that decodes greedily: tokens [2, steps] and the cache."""
-    graph, state = nnx.split(model)
-    start = model.sharding.constrain(jnp.array([[3], [77]], jnp.int32), "BT")
-
-    @functools.partial(jax.jit, donate_argnums=2)
-    def run(state, token, cache):
-        def step(carry, _):
-            logits, cache = nnx.merge(graph, state)(*carry, implementation="xla")
-            token = logits[:, 0].argmax(-1).astype(jnp.int32)[:, None]
-            return (token, cache), token[:, 0]
-
-        (_, cache), tokens = lax.scan(step, (token, cache), None, length=steps)
-        return tokens.T, cache
-
-    return run, (state, start, model.init_cache(2, 128))
-
-
-@pytest.mark.parametrize("axis", ["tensor", "seq"])
-@pytest.mark.parametrize("count", COUNTS)
-def test_a_decoder_says_the_tokens_of_one_device_and_copies_no_mailbox(count, axis):
-    mesh = Mesh(np.array(jax.devices()[:count]), (axis,))
-    sharding = dataclasses.replace(fit_mesh(CONFIG, mesh), collectives="peer")
-    with jax.default_matmul_precision("highest"):
-        alone, operands = decoding(model_on(Sharding()), 64)
-        expected = np.asarray(alone(*operands)[0])
-        run, operands = decoding(model_on(sharding), 64)
-        hlo = run.lower(*operands).compile().as_text()
-        found = np.asarray(run(*operands)[0])
-    np.testing.assert_array_equal(found, expected)
-    assert len(np.unique(expected)) > 8
-    assert "all-reduce" not in hlo
-    assert "all-to-all" not in hlo
-    # Of 2 rows of 1024 float32. A copied mailbox is not where the peers write.
-    slots = (2, count, 8, 2 * 2 * 1024 // 8)
-    assert f"s32[{','.join(map(str, slots))}]" in hlo
-    assert copies(hlo, slots) == []

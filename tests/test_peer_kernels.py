@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, sharded_model
 from naive_llama import CONFIG
 
+from jaxdecode.decode_loop import SplitModel, decode, start_state
 from jaxdecode.models.llama import Llama
 from jaxdecode.pallas_kernels import merge_columns, peer
+from jaxdecode.sampling import SamplingArrays, SamplingParams
 
 AXES = ("data", "tensor", "seq")
 
@@ -243,3 +245,42 @@ def test_a_long_prompt_is_summed_by_xla():
     text = step_text(model, 3, 100)
     assert "mosaic_gpu" not in text
     assert '"stablehlo.all_reduce"' in text
+
+
+def dispatch_text(model: Llama, B: int) -> str:
+    """Of five tokens per sequence."""
+    split, state = (
+        SplitModel(model),
+        start_state(model, model.init_cache(B, 128), np.full(B, 5, np.int32)),
+    )
+    sampling = SamplingArrays.create(SamplingParams(), 0, [0] * B)
+    traced = decode.trace(
+        split.static, split.leaves, state, sampling, np.full(16, -1, np.int32),
+        num_steps=5, num_logprobs=0, implementation="xla",
+    )  # fmt: skip
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def bare_loop_text(model: Llama, B: int) -> str:
+    """Of five calls in a loop, which know nothing of each other."""
+    graph, state = nnx.split(model)
+
+    def run(state, tokens, cache):
+        call = lambda i, cache: nnx.merge(graph, state)(tokens, cache)[1]  # noqa: E731
+        return lax.fori_loop(0, 5, call, cache)
+
+    operands = state, model.sharding.place(np.zeros((B, 1), np.int32), "BT")
+    traced = jax.jit(run).trace(*operands, model.init_cache(B, 128))
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("loop", "around"), [(dispatch_text, True), (bare_loop_text, False)])
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (1, 1, 4), (2, 2, 2)], ids=str)
+def test_a_dispatch_opens_its_mailboxes_once_before_its_loop(sizes, loop, around):
+    model = sharded_model(WIDE, make_mesh(sizes))
+    model.sharding = dataclasses.replace(model.sharding, collectives="peer")
+    text = loop(model, 2)
+    main = text[text.index("func.func public @main") :]
+    opened = 1 + (sizes[2] > 1)
+    assert text.count("skip_device_barrier = false") == opened
+    assert main[: main.index("stablehlo.while")].count("call @_sum") == opened * around
