@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdecode.pallas_kernels.combine import add_sinks
+from jaxdecode.pallas_kernels.products import PLAIN, best_products, einsum
 from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
@@ -54,16 +55,15 @@ def _attend(q, k, v, lo, hi, scale, softcap):
     """Custom gradient: the forward loop has a dynamic trip count, and saving its steps would cost
     the memory that going blockwise saves."""
     block = _block_size(q, k)
-    if block <= _CPU_BLOCK:
-        return _forward(q, k, v, lo, hi, scale, softcap, block, dynamic=False)
     forward = functools.partial(_forward, scale=scale, softcap=softcap)
     return lax.platform_dependent(
         q, k, v, lo, hi,
-        cpu=functools.partial(forward, block=_CPU_BLOCK, dynamic=True),
-        # Elsewhere a dynamic trip count sends the loop's predicate to the host at each step, and
-        # each step of a loop copies its keys and values: a decode step does without.
+        cpu=functools.partial(
+            forward, block=min(block, _CPU_BLOCK), dynamic=block > _CPU_BLOCK, products=PLAIN
+        ),
+        # Elsewhere a dynamic trip count sends the loop's predicate to the host at each step.
         default=functools.partial(
-            forward, block=k.shape[1] if _fits_whole(q, k) else block, dynamic=False
+            forward, block=_block_off_cpu(q, k), dynamic=False, products=best_products(q, k)
         ),
     )  # fmt: skip
 
@@ -107,17 +107,17 @@ def attend_gradient(
         seen = visible.any(axis=1)[..., None, None]
         k_block = jnp.where(seen, lax.dynamic_slice_in_dim(k, start, block, 1), 0)
         v_block = jnp.where(seen, lax.dynamic_slice_in_dim(v, start, block, 1), 0)
-        logits = _logits(q, k_block, scale, softcap)
+        logits = _capped(PLAIN.logits(q, k_block), scale, softcap)
         p = jnp.where(visible[:, None, None], jnp.exp(logits - lse), 0.0)
-        dp = _einsum("btkgh,bskh->bkgts", d_out, v_block.astype(jnp.float32))
+        dp = einsum("btkgh,bskh->bkgts", d_out, v_block.astype(jnp.float32))
         ds = p * (dp - delta) * scale
         if softcap is not None:
             ds = ds * (1.0 - jnp.square(logits / softcap))
         # A NaN in a value that only some queries see makes their dp NaN, and 0 * NaN the others'.
         ds = jnp.where(visible[:, None, None], ds, 0.0)
-        dq = dq + _einsum("bkgts,bskh->btkgh", ds, k_block.astype(jnp.float32))
-        dk = _add_slice(dk, _einsum("bkgts,btkgh->bskh", ds, q.astype(jnp.float32)), start)
-        dv = _add_slice(dv, _einsum("bkgts,btkgh->bskh", p, d_out), start)
+        dq = dq + einsum("bkgts,bskh->btkgh", ds, k_block.astype(jnp.float32))
+        dk = _add_slice(dk, einsum("bkgts,btkgh->bskh", ds, q.astype(jnp.float32)), start)
+        dv = _add_slice(dv, einsum("bkgts,btkgh->bskh", p, d_out), start)
         return dq, dk, dv
 
     # A static trip count, so that the gradient can be differentiated again.
@@ -126,7 +126,7 @@ def attend_gradient(
     return dq.reshape(B, T, N, H).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _forward(q, k, v, lo, hi, scale, softcap, block, dynamic):
+def _forward(q, k, v, lo, hi, scale, softcap, block, dynamic, products):
     B, T, N, H = q.shape
     _, S, K, _ = k.shape
     block = min(block, S)
@@ -138,13 +138,14 @@ def _forward(q, k, v, lo, hi, scale, softcap, block, dynamic):
         k_held, v_held = _held(k, v, i)
         k_block = lax.dynamic_slice_in_dim(k_held, start, block, 1)
         v_block = lax.dynamic_slice_in_dim(v_held, start, block, 1)
-        logits = jnp.where(visible[:, None, None], _logits(q, k_block, scale, softcap), -jnp.inf)
+        logits = _capped(products.logits(q, k_block), scale, softcap)
+        logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
         new_top = jnp.maximum(top, logits.max(axis=-1, keepdims=True))
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         p = jnp.exp(logits - shift)
         rescale = jnp.exp(top - shift)
         total = total * rescale + p.sum(axis=-1, keepdims=True)
-        acc = acc * rescale + _weigh(p.astype(v.dtype), v_block, visible)
+        acc = acc * rescale + products.weigh(p, v_block, visible)
         return acc, new_top, total
 
     rows = (B, K, N // K, T)
@@ -187,38 +188,9 @@ def _held(k, v, i):
     return k, v
 
 
-def _logits(q, k_block, scale, softcap):
-    logits = _einsum("btkgh,bskh->bkgts", q, k_block) * scale
+def _capped(logits, scale, softcap):
+    logits = logits * scale
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def _weigh(p, v_block, visible):
-    """p [B, K, G, T, s] times v_block [B, s, K, H], where slots not visible never matter.
-
-    Their weight is zero, but 0 * NaN is NaN. Slots that no query of the sequence sees are zeroed.
-    A slot that only some queries see and that is not finite (rare) takes the slow way."""
-    v_block = jnp.where(visible.any(axis=1)[..., None, None], v_block, 0)
-
-    def together(p, v_block):
-        return _einsum("bkgts,bskh->bkgth", p, v_block)
-
-    def one_by_one(p, v_block):
-        def one(p_t, visible_t):
-            seen = jnp.where(visible_t[..., None, None], v_block, 0)
-            return _einsum("bkgs,bskh->bkgh", p_t, seen)
-
-        out = lax.map(lambda x: one(*x), (jnp.moveaxis(p, 3, 0), jnp.moveaxis(visible, 1, 0)))
-        return jnp.moveaxis(out, 0, 3)
-
-    if p.shape[3] == 1:
-        return together(p, v_block)
-    return lax.cond(jnp.isfinite(v_block).all(), together, one_by_one, p, v_block)
-
-
-def _einsum(spec, x, y):
-    # float32 inputs are multiplied as float32: the GPU default would round them to TF32.
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _add_slice(total, part, start):
@@ -239,11 +211,13 @@ def block_bytes(q_shape: Shape, k_shape: Shape, platform: str) -> int:
     return slot * (min(slots, _CPU_BLOCK) if platform == "cpu" else slots)
 
 
-def _fits_whole(q, k):
-    """Whether all logits and weights stay below the limit, where K and V are multiplied as they
-    are. Zeroing what nobody sees of V copies it, which whoever plans memory counts by itself."""
+def _block_off_cpu(q, k):
+    """Each step of a loop copies its keys and values there: a few query rows have one step, and a
+    decode step has no more than its logits and weights demand. Copies of whole K and V are not
+    counted here; whoever plans memory does."""
     (B, T, N, _), S = q.shape, k.shape[1]
-    return B * N * T * S * _ROW_BYTES_PER_SLOT <= _BLOCK_BYTES
+    steps = -(-B * N * T * S * _ROW_BYTES_PER_SLOT // _BLOCK_BYTES)
+    return -(-S // steps) if T == 1 or steps == 1 else _block_size(q, k)
 
 
 def _block_size(q, k):
