@@ -174,14 +174,21 @@ class Run:
             ahead()
 
     def jobs(self) -> list[tuple[str, Case]]:
-        """(part, case) of everything, put together by models, so that each is made once."""
+        """(part, case) of everything, put together by models, so that each is made once. What the
+        profiler times comes last: it slows down all that a process launches from then on."""
         jobs = [
             (part, self._shrunk(shortened(case) if self._options.tiny else case))
             for part in self._options.parts
             for case in PARTS[part].cases(self)
         ]
         setups = [case.setup for _, case in jobs]
-        return sorted(jobs, key=lambda job: setups.index(job[1].setup))
+        profiled = {case.setup for part, case in jobs if PARTS[part].profiled}
+
+        def place(job: tuple[str, Case]) -> tuple[bool, int, bool]:
+            part, case = job
+            return case.setup in profiled, setups.index(case.setup), PARTS[part].profiled
+
+        return sorted(jobs, key=place)
 
     def obstacle(self, case: Case) -> str | None:
         """Why the case cannot be measured here; None if it can."""
@@ -313,11 +320,13 @@ class Run:
 
 
 class Part(NamedTuple):
-    """What a results file holds: its cases, the row of one of them, and that row in words."""
+    """What a results file holds: its cases, the row of one of them, that row in words, and whether
+    a profiler times it."""
 
     cases: Callable[[Run], Sequence[Case]]
     row: Callable[[Run, Any], Row]
     spoken: Callable[[Row], str]
+    profiled: bool = False
 
 
 def spoken_time(row: Row) -> str:
@@ -325,13 +334,13 @@ def spoken_time(row: Row) -> str:
     return f"{row['us']:.1f} us"
 
 
-# In the order in which they are measured.
 PARTS = {
     "depth": Part(
         lambda run: depth_cases(run.setup, run.ours, run.peers), Run.decode_row, spoken_speed
     ),
     "layers": Part(
-        lambda run: layer_cases(run.setup, run.ours, run.peers), Run.layer_row, spoken_time
+        lambda run: layer_cases(run.setup, run.ours, run.peers),
+        Run.layer_row, spoken_time, profiled=True,
     ),
     "collectives": Part(
         lambda run: collective_cases(len(run.devices), ops.implementations()),

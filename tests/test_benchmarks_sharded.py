@@ -260,6 +260,10 @@ def test_models_come_one_after_the_other(sharded):
     changes = [b for a, b in zip([object(), *setups], setups, strict=False) if a != b]
     assert len(changes) == len(set(setups))
     assert {part for part, _ in jobs} == set(sharded.PARTS)
+    # The profiler slows down what is measured after it.
+    profiled = [sharded.PARTS[part].profiled for part, _ in jobs]
+    assert profiled == sorted(profiled)
+    assert any(profiled)
 
 
 # Cases
