@@ -89,4 +89,6 @@ def test_inside_shard_map():
     arrays = operands(many_short())
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=(P("data"),) * 4, out_specs=P("data"))
-    np.testing.assert_array_equal(np.asarray(jax.jit(sharded)(*arrays)), attend(*arrays))
+    found, expected = (f(*arrays).astype(jnp.float32) for f in (jax.jit(sharded), attend))
+    # cuDNN rounds an element differently now and then.
+    np.testing.assert_allclose(found, expected, rtol=0.01, atol=0.01)
