@@ -22,6 +22,7 @@ from flax import nnx
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, cache_tree
 from jaxdecode.models.mailboxes import Mailboxes, open_mailboxes
+from jaxdecode.models.projection import project
 from jaxdecode.models.rope import rope_table
 from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import attend_part, decode_attention, merge_columns
@@ -91,13 +92,12 @@ class Attention(nnx.Module):
         o = self.o[...]
         # Flat, or XLA on CPU transposes the whole weight at each step.
         flat = out.astype(x.dtype).reshape(*out.shape[:2], -1)
-        projected = jnp.einsum("bti,id->btd", flat, o.reshape(-1, o.shape[-1]))
+        (projected,) = project(flat, o.reshape(-1, o.shape[-1]))
         return Partial(projected, "NH"), cache
 
     def _project(self, x: Array, step: Step) -> tuple[Array, Array]:
         """Queries [B, T, N, H], and keys and values [B, T, 2, K, H], of the new tokens."""
-        q = jnp.einsum("btd,dnh->btnh", x, self.q[...])
-        kv = jnp.einsum("btd,dckh->btckh", x, self.kv[...])
+        q, kv = project(x, self.q[...], self.kv[...])
         if step.sharding.parts("H") > 1:  # together, for one collective
             (B, T, N, _), K = q.shape, kv.shape[3]
             heads = jnp.concatenate([q, kv.reshape(B, T, 2 * K, -1)], axis=2)
@@ -139,9 +139,9 @@ class Mlp(nnx.Module):
         self.down = _weight(rngs, (F, D), F, dtype)
 
     def __call__(self, x: Array) -> Partial:
-        gate_up = jnp.einsum("btd,dcf->btcf", x, self.gate_up[...])
+        (gate_up,) = project(x, self.gate_up[...])
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return Partial(jnp.einsum("btf,fd->btd", hidden, self.down[...]), "F")
+        return Partial(project(hidden, self.down[...])[0], "F")
 
 
 class Block(nnx.Module):
