@@ -88,11 +88,17 @@ class SamplingParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """SamplingParams as traced scalars, so that no value of theirs makes a new compilation.
+    """SamplingParams as traced scalars, so that hardly a value of theirs makes a new compilation.
+
+    There are three programs: without a draw, with one, and with one after the sort that top-k and
+    top-p need. One program that decided on values would stop at each token, on a GPU, until the
+    host knows them.
 
     Attributes:
       temperature, top_p, min_p, repetition_penalty: float32 scalars; top_k: int32 scalar.
       keys: [B] random keys, one per sequence: fold_in(key(seed), sample index).
+      draws: whether the temperature is above 0, in float32. sorts: whether it is, and top-k or
+        top-p is on.
     """
 
     temperature: Array
@@ -101,6 +107,8 @@ class SamplingArrays:
     min_p: Array
     repetition_penalty: Array
     keys: Array
+    draws: bool = dataclasses.field(metadata={"static": True})
+    sorts: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def create(cls, params: SamplingParams, seed: int, sample_indices: list[int]) -> SamplingArrays:
@@ -110,6 +118,8 @@ class SamplingArrays:
         if seed >> 32:
             key = jax.random.fold_in(key, seed >> 32)
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        # A device may take what is smaller for zero, and divide by it.
+        draws = params.temperature >= jnp.finfo(jnp.float32).tiny
         return cls(
             temperature=jnp.float32(params.temperature),
             top_p=jnp.float32(params.top_p),
@@ -117,6 +127,8 @@ class SamplingArrays:
             min_p=jnp.float32(params.min_p),
             repetition_penalty=jnp.float32(params.repetition_penalty),
             keys=fold(key, jnp.asarray(sample_indices, jnp.uint32)),
+            draws=bool(draws),
+            sorts=bool(draws and (params.top_k > 0 or params.top_p < 1)),
         )
 
 
@@ -143,18 +155,14 @@ def sample(logits: Array, seen: Array, positions: Array, sampling: SamplingArray
     """
     logits = penalize(logits, seen, sampling.repetition_penalty)
 
-    def draw():
-        # Shifted first, so that a tiny temperature cannot overflow.
-        shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-        filtered = filter_logits(shifted / sampling.temperature, sampling)
-        keys = jax.vmap(jax.random.fold_in)(sampling.keys, positions)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        return jnp.argmax(filtered + noise, axis=-1).astype(jnp.int32)
-
-    def greedy():
+    if not sampling.draws:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    return jax.lax.cond(sampling.temperature > 0, draw, greedy)
+    # Shifted first, so that a tiny temperature cannot overflow.
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    filtered = filter_logits(shifted / sampling.temperature, sampling)
+    keys = jax.vmap(jax.random.fold_in)(sampling.keys, positions)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return jnp.argmax(filtered + noise, axis=-1).astype(jnp.int32)
 
 
 def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
@@ -168,27 +176,28 @@ def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
 def filter_logits(logits: Array, sampling: SamplingArrays) -> Array:
     """Sets the logits outside top-k, top-p and min-p to -inf. [B, V]; tokens that tie with the last
     one kept are kept too."""
-    V = logits.shape[-1]
-
-    def keep_likely():
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        rank = jnp.arange(V, dtype=jnp.int32)[None, :]
-        k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
-        kth = jax.lax.dynamic_slice_in_dim(ordered, k - 1, 1, axis=-1)
-        in_top_k = ordered >= kth
-        probability = jax.nn.softmax(jnp.where(in_top_k, ordered, -jnp.inf), axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        # The likeliest token always stays; top_p = 1 keeps all, whatever the rounding of the sum.
-        inside = (before < sampling.top_p) | (rank == 0) | (sampling.top_p >= 1)
-        count = jnp.sum((inside & in_top_k).astype(jnp.int32), axis=-1, keepdims=True)
-        lowest = jnp.take_along_axis(ordered, count - 1, axis=-1)
-        return jnp.where(logits >= lowest, logits, -jnp.inf)
-
     # The sort is the expensive part, and plain temperature sampling does without.
-    needs_sort = (sampling.top_k > 0) | (sampling.top_p < 1)
-    logits = jax.lax.cond(needs_sort, keep_likely, lambda: logits)
+    if sampling.sorts:
+        logits = _keep_likely(logits, sampling)
     top = jnp.max(logits, axis=-1, keepdims=True)
     return jnp.where(logits >= top + jnp.log(sampling.min_p), logits, -jnp.inf)
+
+
+def _keep_likely(logits: Array, sampling: SamplingArrays) -> Array:
+    """Sets the logits outside top-k and top-p to -inf."""
+    V = logits.shape[-1]
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    rank = jnp.arange(V, dtype=jnp.int32)[None, :]
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
+    kth = jax.lax.dynamic_slice_in_dim(ordered, k - 1, 1, axis=-1)
+    in_top_k = ordered >= kth
+    probability = jax.nn.softmax(jnp.where(in_top_k, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    # The likeliest token always stays; top_p = 1 keeps all, whatever the rounding of the sum.
+    inside = (before < sampling.top_p) | (rank == 0) | (sampling.top_p >= 1)
+    count = jnp.sum((inside & in_top_k).astype(jnp.int32), axis=-1, keepdims=True)
+    lowest = jnp.take_along_axis(ordered, count - 1, axis=-1)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

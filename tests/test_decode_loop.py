@@ -48,19 +48,26 @@ def test_200_tokens_compile_one_prefill_and_one_decode():
     assert [len(r.tokens) for r in results] == [200] * 5
     assert counts["jit(prefill)"] == 1
     assert counts["jit(decode)"] == 1
+    # One more for draws, and one for draws from the likeliest.
+    prompts = [[4] * 3, [5] * 12, [6] * 2, [7], [8]]
+    with compilations() as counts:
+        run(prompts, **LONG | {"temperature": 1.0, "seed": 2**40})
+        run(prompts, **LONG | {"temperature": 1.0, "seed": 2**40, "top_k": 7})
+    assert counts["jit(prefill)"] == 0
+    assert counts["jit(decode)"] == 2
     # Other lengths in the same bucket, and every sampling value.
     variations = [
-        {},
+        {"repetition_penalty": 1.2},
         {"temperature": 0.7, "seed": 1},
         {"temperature": 1.5, "seed": 2**40, "top_k": 5},
         {"top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.2, "temperature": 1.0},
+        {"top_k": 5},
         {"stop_token_ids": (1, 2, 3)},
         {"max_tokens": 190},
     ]
-    run([[4] * 3, [5] * 12, [6] * 2, [7], [8]], **LONG | {"seed": 2**40})
     with compilations() as counts:
         for i, params in enumerate(variations):
-            run([[4] * (3 + i), [5] * 12, [6] * 2, [7], [8]], **LONG | params)
+            run([[4] * (3 + i), *prompts[1:]], **LONG | params)
     assert counts == {}
 
 
@@ -128,6 +135,8 @@ def test_the_compiled_loop_asks_the_host_for_nothing_and_copies_no_cache():
         num_steps=8, num_logprobs=0, implementation=None,
     ).compile().as_text()  # fmt: skip
     assert not re.search(TO_THE_HOST, hlo)
+    # On a GPU the host would choose the branch.
+    assert " conditional(" not in hlo
     layer = ",".join(map(str, state.cache.keys[0].shape))
     assert f"f32[{layer}]" in hlo
     assert not re.search(rf"f32\[{layer}\]\S* copy", hlo)
@@ -140,6 +149,13 @@ def test_the_search_sees_a_planted_callback():
 
     hlo = jax.jit(leaky).lower(jnp.zeros(3)).compile().as_text()
     assert re.search(TO_THE_HOST, hlo)
+
+
+def test_the_search_sees_a_planted_branch():
+    def branching(x):
+        return jax.lax.cond(x[0] > 0, jnp.sort, jnp.cumsum, x)
+
+    assert " conditional(" in jax.jit(branching).lower(jnp.zeros(300)).compile().as_text()
 
 
 def used_only_by(row: int, *, in_prompt: bool = False) -> tuple[int, int]:

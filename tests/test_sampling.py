@@ -31,7 +31,8 @@ def arrays(seed: int = 0, indices=(0,), **params) -> SamplingArrays:
 
 def kept(logits, **params) -> set[int]:
     """The tokens that the filters leave of one row."""
-    filtered = np.asarray(_filter(jnp.asarray(logits, jnp.float32)[None], arrays(**params)))[0]
+    sampling = arrays(**{"temperature": 1.0} | params)
+    filtered = np.asarray(_filter(jnp.asarray(logits, jnp.float32)[None], sampling))[0]
     left = np.isfinite(filtered)
     np.testing.assert_array_equal(filtered[left], np.asarray(logits, np.float32)[left])
     return set(np.flatnonzero(left).tolist())
