@@ -35,7 +35,9 @@ def compile_prefill(work: Workload, sharding: Sharding, step=prefill):
 def compile_decode(work: Workload, sharding: Sharding, num_steps=8):
     model, state = _shapes(work, sharding)
     batch = state.cache.lengths.shape[0]
-    sampling = jax.eval_shape(lambda: SamplingArrays.create(SamplingParams(), 0, [0] * batch))
+    # What takes the most memory: a sort of the logits.
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    sampling = jax.eval_shape(lambda: SamplingArrays.create(params, 0, [0] * batch))
     stop_ids = jax.ShapeDtypeStruct((16,), jnp.int32)
     return decode.lower(
         model.static, model.leaves, state, sampling, stop_ids,
