@@ -119,7 +119,7 @@ class SamplingArrays:
             key = jax.random.fold_in(key, seed >> 32)
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         # A device may take what is smaller for zero, and divide by it.
-        draws = params.temperature >= jnp.finfo(jnp.float32).tiny
+        draws = bool(params.temperature >= jnp.finfo(jnp.float32).tiny)
         return cls(
             temperature=jnp.float32(params.temperature),
             top_p=jnp.float32(params.top_p),
@@ -127,8 +127,8 @@ class SamplingArrays:
             min_p=jnp.float32(params.min_p),
             repetition_penalty=jnp.float32(params.repetition_penalty),
             keys=fold(key, jnp.asarray(sample_indices, jnp.uint32)),
-            draws=bool(draws),
-            sorts=bool(draws and (params.top_k > 0 or params.top_p < 1)),
+            draws=draws,
+            sorts=draws and (params.top_k > 0 or params.top_p < 1),
         )
 
 
@@ -154,7 +154,6 @@ def sample(logits: Array, seen: Array, positions: Array, sampling: SamplingArray
       [B] int32. A sequence's draw depends on its own key and position only.
     """
     logits = penalize(logits, seen, sampling.repetition_penalty)
-
     if not sampling.draws:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # Shifted first, so that a tiny temperature cannot overflow.

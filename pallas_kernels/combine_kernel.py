@@ -80,12 +80,12 @@ def combine_planned(
     together = min(_ROWS_TOGETHER, rows)
     row_smem = plgpu.SMEM((together, padded), out_ref.dtype)
     plgpu.kernel(
-        functools.partial(_planned_kernel, config=config, rows=rows),
+        functools.partial(_planned_kernel, config=config, rows=rows, together=together),
         out_type=(),
         grid=(-(-rows // together), to_combine.left.shape[0]),
-        grid_names=("rows", "block"),
+        grid_names=("group", "block"),
         num_threads=together,
-        thread_name="row",
+        thread_name="warpgroup",
         scratch_types={} if H == padded else {"row_smem": row_smem},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_decode_combine_planned",
@@ -114,12 +114,12 @@ def _combine_kernel(out_partial_ref, lse_partial_ref, *refs, config: SplitConfig
 
 def _planned_kernel(
     out_partial_ref, lse_partial_ref, left_ref, sinks_ref, out_ref, lse_ref,
-    *, config: SplitConfig, rows: int, row_smem=None,
+    *, config: SplitConfig, rows: int, together: int, row_smem=None,
 ):  # fmt: skip
     """Rows of an item that is cut, and of every item of some sequences if they are idle; each in a
     warpgroup of its own."""
-    group, warpgroup, block = map(lax.axis_index, ("rows", "row", "block"))
-    row = group * min(_ROWS_TOGETHER, rows) + warpgroup
+    group, warpgroup, block = map(lax.axis_index, ("group", "warpgroup", "block"))
+    row = group * together + warpgroup
     row_smem = None if row_smem is None else row_smem.at[warpgroup]
     num_blocks, (_, T, K, G, _) = left_ref.shape[0], out_ref.shape
     b, head, first, count, *idle = (left_ref[block, x] for x in range(left_ref.shape[1]))
