@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxdecode.errors import RequestError
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import round_up_capacity
-from jaxdecode.models.llama import param_letters, param_shapes
+from jaxdecode.models.params import param_letters, param_shapes
 from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import xla
 

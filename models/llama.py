@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdecode.models import fused_layers
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache, cache_tree
 from jaxdecode.models.mailboxes import Mailboxes, open_mailboxes
+from jaxdecode.models.params import param_letters, param_shapes
 from jaxdecode.models.projection import project
 from jaxdecode.models.rope import rope_table
 from jaxdecode.models.sharding import Sharding
@@ -86,16 +88,20 @@ class Attention(nnx.Module):
         self.layer = layer
         self.window = config.window
 
-    def __call__(self, x: Array, cache: KVCache, step: Step) -> tuple[Partial, KVCache]:
-        q, cache = self._append(*self._project(x, step), cache, step)
+    def __call__(self, q: Array, kv: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
+        """What `project` returns attends to the cache: [B, T, N * H], before `output`."""
+        dtype = q.dtype
+        q, cache = self._append(q, kv, cache, step)
         out = self._attend(q, cache, step)
+        return out.astype(dtype).reshape(*out.shape[:2], -1), cache
+
+    def output(self, attended: Array) -> Partial:
+        """The output projection."""
         o = self.o[...]
         # Flat, or XLA on CPU transposes the whole weight at each step.
-        flat = out.astype(x.dtype).reshape(*out.shape[:2], -1)
-        (projected,) = project(flat, o.reshape(-1, o.shape[-1]))
-        return Partial(projected, "NH"), cache
+        return Partial(project(attended, o.reshape(-1, o.shape[-1]))[0], "NH")
 
-    def _project(self, x: Array, step: Step) -> tuple[Array, Array]:
+    def project(self, x: Array, step: Step) -> tuple[Array, Array]:
         """Queries [B, T, N, H], and keys and values [B, T, 2, K, H], of the new tokens."""
         q, kv = project(x, self.q[...], self.kv[...])
         if step.sharding.parts("H") > 1:  # together, for one collective
@@ -159,9 +165,13 @@ class Block(nnx.Module):
         self, x: Array, result: Partial, cache: KVCache, step: Step
     ) -> tuple[Array, Partial, KVCache]:
         x, normed = self.attn_norm(x, result, step)
-        attended, cache = self.attn(normed, cache, step)
-        x, normed = self.mlp_norm(x, attended, step)
-        return x, self.mlp(normed), cache
+        attended, cache = self.attn(*self.attn.project(normed, step), cache, step)
+        return *self.finish(x, attended, step), cache
+
+    def finish(self, x: Array, attended: Array, step: Step) -> tuple[Array, Partial]:
+        """All behind the attention."""
+        x, normed = self.mlp_norm(x, self.attn.output(attended), step)
+        return x, self.mlp(normed)
 
 
 class Llama(nnx.Module):
@@ -230,8 +240,11 @@ class Llama(nnx.Module):
         step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, mailboxes)
         result = self._embed(tokens)
         x = jnp.zeros_like(result.x)
-        for block in self.layers:
-            x, result, cache = block(x, result, cache, step)
+        if fused_layers.why_not(self.layers, tokens, step) is None:
+            x, result, cache = fused_layers.run_layers(self.layers, x, result, cache, step)
+        else:
+            for block in self.layers:
+                x, result, cache = block(x, result, cache, step)
         _, x = self.final_norm(x, result, step)
         if last:
             x = jnp.take_along_axis(x, jnp.maximum(num_tokens - 1, 0)[:, None, None], axis=1)
@@ -330,39 +343,6 @@ def _run_sharded(
         [x[...] for _, x in flat], mailboxes, sharding.constrain(tokens, "BT"), cache,
         sharding.constrain(num_tokens, "B"),
     )  # fmt: skip
-
-
-def param_letters(config: LlamaConfig) -> dict[str, str]:
-    """Dotted name -> dimension letters of every weight, from the embedding to the head.
-
-    "2" is the fused dimension of keys and values, and of gate and up."""
-    letters = {"embed": "VD"}
-    for i in range(config.num_layers):
-        letters |= {
-            f"layers.{i}.attn_norm.scale": "D",
-            f"layers.{i}.attn.q": "DNH",
-            f"layers.{i}.attn.kv": "D2KH",
-            f"layers.{i}.attn.o": "NHD",
-            f"layers.{i}.mlp_norm.scale": "D",
-            f"layers.{i}.mlp.gate_up": "D2F",
-            f"layers.{i}.mlp.down": "FD",
-        }
-    letters["final_norm.scale"] = "D"
-    if not config.tie_embeddings:
-        letters["head"] = "DV"
-    return letters
-
-
-def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Dotted name -> shape of every weight of `Llama(config)`, in the order of `param_letters`."""
-    sizes = {
-        "D": config.embed_dim, "F": config.ffw_dim, "V": config.vocab_size, "2": 2,
-        "N": config.num_q_heads, "K": config.num_kv_heads, "H": config.head_dim,
-    }  # fmt: skip
-    return {
-        name: tuple(sizes[letter] for letter in letters)
-        for name, letters in param_letters(config).items()
-    }
 
 
 def _check_call(

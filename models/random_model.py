@@ -13,7 +13,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import Llama, param_letters, param_shapes
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_letters, param_shapes
 from jaxdecode.models.sharding import Sharding, fit_mesh
 
 Array = jax.Array

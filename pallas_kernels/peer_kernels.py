@@ -28,42 +28,15 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, vector
+from jax.extend.mlir.dialects import arith
 
 from jaxdecode.pallas_kernels.mosaic import THREADS
 from jaxdecode.pallas_kernels.norm_kernel import normalised, rounded_sum
+from jaxdecode.pallas_kernels.slots import put, slot_layout, take, words_of
 
 # The axes of a collective and their sizes, major first.
 Group = tuple[tuple[str, int], ...]
 
-# Of values, in one slot.
-_SLOT_BYTES = 8
-# Slots that a thread polls together: each costs four registers.
-_AT_ONCE = 16
-
-_STORE = """{
-.reg .b64 a, b;
-mov.b64 a, {$1, $3};
-mov.b64 b, {$2, $3};
-st.relaxed.sys.global.v2.b64 [$0], {a, b};
-}"""
-_LOAD = """ld.relaxed.sys.global.v2.b64 {{a, b}}, [{address}];
-mov.b64 {{word{low}, turn}}, a;
-xor.b32 turn, turn, {turn};
-or.b32 late, late, turn;
-mov.b64 {{word{high}, turn}}, b;
-xor.b32 turn, turn, {turn};
-or.b32 late, late, turn;
-"""
-_POLL = """{{
-.reg .pred again;
-.reg .b64 a, b;
-.reg .b32 turn, late, word<{count}>;
-poll:
-mov.b32 late, 0;
-{loads}setp.ne.b32 again, late, 0;
-@again bra poll;
-{results}}}"""
 # Each warp tells all blocks of its cluster its sum, in its place; then each thread adds them up,
 # four at a time. Nobody writes into a block after the barrier, so that it may leave.
 _CLUSTER_SUM = """{{
@@ -220,9 +193,9 @@ def _merge_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
     # All loads before the first store, which none may pass.
     shares = [plgpu.load(x_ref.at[rank, i, part], layout=layout) for rank, i in places]
     for (rank, i), share in zip(places, shares, strict=True):
-        _put(share, turn, [outgoing[rank].at[boxes[i]]])
+        put(share, turn, [outgoing[rank].at[boxes[i]]])
     kind = jax.ShapeDtypeStruct(shares[0].shape, shares[0].dtype)
-    taken = _take(turn, [incoming[rank].at[boxes[i]] for rank, i in places], kind)
+    taken = take(turn, [incoming[rank].at[boxes[i]] for rank, i in places], kind)
     outs, lses = taken[::2], taken[1::2]
     top = functools.reduce(jnp.maximum, lses)
     top = jnp.where(top == -jnp.inf, 0.0, top)
@@ -240,8 +213,8 @@ def _merge_kernel(x_ref, slots_ref, turns_ref, out_ref, *, group: Group):
 def _sum_over(group: Group, x, turn, slots_ref, block):
     """x summed over the group, by way of this block of the mailbox."""
     incoming, outgoing = _boxes(slots_ref, turn, group, block)
-    _put(x, turn, outgoing)
-    parts = _take(turn, incoming, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    put(x, turn, outgoing)
+    parts = take(turn, incoming, jax.ShapeDtypeStruct(x.shape, x.dtype))
     total = functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts])
     return total.astype(x.dtype)
 
@@ -249,7 +222,7 @@ def _sum_over(group: Group, x, turn, slots_ref, block):
 def _begin(block, turns_ref, out_ref):
     """A block's part of the result, how its threads hold it, and the number of the turn."""
     size = out_ref.shape[0] // turns_ref.shape[0]
-    return pl.ds(block * size, size), _layout(size, out_ref.dtype), turns_ref[block] + 1
+    return pl.ds(block * size, size), slot_layout(size, out_ref.dtype), turns_ref[block] + 1
 
 
 def _boxes(slots_ref, turn, group: Group, block):
@@ -274,58 +247,6 @@ def _remote(ref: Any, group: Group, rank: int) -> Any:
     return plgpu.remote_ref(ref, {axis: int(i) for (axis, _), i in zip(group, place, strict=True)})
 
 
-def _layout(size: int, dtype: Any) -> plgpu.Layout:
-    """Each thread has the values of whole slots."""
-    return plgpu.Layout.WG_STRIDED((size,), vec_size=_SLOT_BYTES // jnp.dtype(dtype).itemsize)
-
-
-def _put(x: jax.Array, turn: jax.Array, refs: list[Any]) -> None:
-    """Writes x [size], laid out by `_layout`, into the slots of each ref."""
-    layout = _layout(x.shape[0], x.dtype)
-
-    @plgpu.inline_mgpu(arg_types=(layout, plgpu.Layout.WG_SPLAT, *[plgpu.RefType() for _ in refs]))
-    def put(context, x, turn, *refs):
-        del context
-        pairs = [vector.bitcast(_pair(), values) for values in x.registers.flat]
-        words = [_values(pair) for pair in pairs]
-        for ref in refs:
-            for slot, (low, high) in zip(_slots(ref, x.layout), words, strict=True):
-                utils.inline_ptx(_STORE, slot, low, high, turn.registers.item())
-
-    put(x, turn, *refs)
-
-
-def _take(turn: jax.Array, refs: list[Any], kind: jax.ShapeDtypeStruct) -> list[jax.Array]:
-    """Waits for the turn's slots in each ref; their values are arrays of this kind."""
-    layout = _layout(kind.shape[0], kind.dtype)
-    returned = plgpu.ShapeDtypeStruct(kind.shape, kind.dtype, layout=layout)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType() for _ in refs]),
-        return_type=[returned for _ in refs],
-    )
-    def take(context, turn, *refs):
-        del context
-        lanes = layout.to_mgpu()
-        values = lanes.registers_element_type(utils.dtype_to_ir_type(kind.dtype))
-        slots = [slot for ref in refs for slot in _slots(ref, lanes)]
-        words = [
-            pair
-            for first in range(0, len(slots), _AT_ONCE)
-            for pair in _poll(slots[first : first + _AT_ONCE], turn.registers.item())
-        ]
-        pairs = [vector.from_elements(_pair(), pair) for pair in words]
-        registers = np.array([vector.bitcast(values, pair) for pair in pairs], dtype=object)
-        # Nobody may count this turn as over before all threads know its number.
-        utils.warpgroup_barrier()
-        return [
-            mgpu.FragmentedArray(_registers=each, _layout=lanes, _is_signed=None)
-            for each in registers.reshape(len(refs), -1)
-        ]
-
-    return take(turn, *refs)
-
-
 def _cluster_sum(x: jax.Array, layout, unit: jax.Array, sums_ref, *, members: int) -> jax.Array:
     """The sum of x over all warpgroups of a cluster, with the same bits in each of them.
 
@@ -344,7 +265,7 @@ def _cluster_sum(x: jax.Array, layout, unit: jax.Array, sums_ref, *, members: in
         del context
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         own = functools.reduce(
-            arith.addf, [value for each in x.registers.flat for value in _values(each)]
+            arith.addf, [value for each in x.registers.flat for value in words_of(each)]
         )
         for distance in (1, 2, 4, 8, 16):
             own = arith.addf(own, utils.shfl_bfly(own, distance))
@@ -363,34 +284,3 @@ def _cluster_sum(x: jax.Array, layout, unit: jax.Array, sums_ref, *, members: in
         return mgpu.FragmentedArray.splat(total, ())
 
     return add_up(x, unit, sums_ref)
-
-
-def _values(register: ir.Value) -> list[ir.Value]:
-    """The elements of a vector."""
-    return [vector.extract(register, [], [i]) for i in range(register.type.shape[0])]
-
-
-def _slots(ref: ir.Value, layout: Any) -> list[ir.Value]:
-    """Addresses of this thread's slots in one block's part of a mailbox."""
-    i8, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 64))
-    base, width = utils.memref_ptr(ref), mgpu.c(2 * _SLOT_BYTES // layout.vec_size, i64)
-    offsets = [arith.index_cast(i64, element) for element in layout.linear_thread_idxs()]
-    return [utils.getelementptr(base, [arith.muli(x, width)], i8) for x in offsets]
-
-
-def _poll(slots: list[ir.Value], turn: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
-    """The two words in each of these slots, once all are of this turn."""
-    count = 2 * len(slots)
-    loads = [
-        _LOAD.format(low=2 * i, high=2 * i + 1, turn=f"${count}", address=f"${count + 1 + i}")
-        for i in range(len(slots))
-    ]
-    results = [f"mov.b32 ${i}, word{i};\n" for i in range(count)]
-    text = _POLL.format(count=count, loads="".join(loads), results="".join(results))
-    i32 = ir.IntegerType.get_signless(32)
-    words = utils.inline_ptx(text, turn, *slots, result_types=[i32] * count, has_side_effects=True)
-    return list(zip(words[::2], words[1::2], strict=True))
-
-
-def _pair() -> ir.Type:
-    return ir.VectorType.get((2,), ir.IntegerType.get_signless(32))

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxdecode.decode_loop import DecodeState, SplitModel, decode, prefill
 from jaxdecode.memory import Workload
 from jaxdecode.models.kv_cache import KVCache, cache_tree
-from jaxdecode.models.llama import Llama, param_letters, param_shapes
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_letters, param_shapes
 from jaxdecode.models.sharding import Sharding, fit_mesh
 from jaxdecode.sampling import SamplingArrays, SamplingParams
 

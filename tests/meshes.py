@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh
 from naive_llama import random_params
 
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import Llama, param_letters
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_letters
 from jaxdecode.models.sharding import AXES, Sharding, fit_mesh
 
 # Every way to spread 1, 2, 4 and 8 devices over data, tensor and seq.

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import Llama, param_shapes
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_shapes
 
 BOS, EOS = 62, 63
 CONFIG = LlamaConfig(

@@ -28,7 +28,7 @@ from jaxdecode.checkpoint.arrays import load_params
 from jaxdecode.checkpoint.hf_directory import open_hf_directory
 from jaxdecode.checkpoint.source import WeightSource
 from jaxdecode.errors import CheckpointError, ConfigError
-from jaxdecode.models.llama import param_shapes
+from jaxdecode.models.params import param_shapes
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 TIED = dataclasses.replace(TINY, tie_embeddings=True)

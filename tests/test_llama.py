@@ -13,7 +13,8 @@ from naive_llama import CONFIG, jitted, naive_logits, random_model, random_param
 
 from jaxdecode.models.config import LlamaConfig, RopeScaling
 from jaxdecode.models.kv_cache import KVCache
-from jaxdecode.models.llama import Llama, param_shapes
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_shapes
 
 B, T, CAPACITY = 3, 24, 128
 TOKENS = np.random.default_rng(7).integers(0, CONFIG.vocab_size, (B, T))

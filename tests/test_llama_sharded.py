@@ -17,7 +17,8 @@ from naive_llama import CONFIG, jitted, random_model, random_params
 
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import BLOCK, KVCache
-from jaxdecode.models.llama import Llama, param_letters
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_letters
 from jaxdecode.models.sharding import fit_mesh
 
 # Rows to fill eight devices of `data`: at borders of the blocks that are dealt, in a second round

@@ -20,7 +20,7 @@ from jaxdecode.checkpoint import arrays, export_safetensors, hf_layout, open_sou
 from jaxdecode.checkpoint.gguf_header import GgufHeader
 from jaxdecode.checkpoint.safetensors_file import SafetensorsFile
 from jaxdecode.errors import RequestError
-from jaxdecode.models.llama import param_letters, param_shapes
+from jaxdecode.models.params import param_letters, param_shapes
 from jaxdecode.models.random_model import random_model
 from jaxdecode.models.sharding import Sharding, fit_mesh
 

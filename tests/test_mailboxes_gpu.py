@@ -19,7 +19,8 @@ from meshes import copies
 
 from jaxdecode.decode_loop import SplitModel, decode, prefill, start_state
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import Llama, param_letters
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_letters
 from jaxdecode.models.sharding import Sharding, fit_mesh
 from jaxdecode.sampling import SamplingArrays, SamplingParams
 

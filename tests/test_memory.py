@@ -14,7 +14,7 @@ from jaxdecode.errors import RequestError
 from jaxdecode.memory import Workload, needed, num_weights
 from jaxdecode.models.config import PRESETS, LlamaConfig
 from jaxdecode.models.kv_cache import KVCache
-from jaxdecode.models.llama import param_letters, param_shapes
+from jaxdecode.models.params import param_letters, param_shapes
 
 SMALL = LlamaConfig(
     vocab_size=96, embed_dim=64, ffw_dim=128, num_layers=2, num_q_heads=8, num_kv_heads=4,

@@ -28,7 +28,8 @@ from jaxdecode.checkpoint.orbax_directory import open_orbax_directory
 from jaxdecode.checkpoint.source import WeightSource
 from jaxdecode.errors import CheckpointError, PathError
 from jaxdecode.models.config import RopeScaling
-from jaxdecode.models.llama import Llama, param_shapes
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_shapes
 
 
 def tiny_model(config=TINY, dtype="float32"):
@@ -164,7 +165,8 @@ from pathlib import Path
 from jaxdecode.checkpoint import export_safetensors, save
 from jaxdecode.errors import CheckpointError
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import Llama, param_shapes
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_shapes
 
 # Whoever was started in the background of a shell inherits that Ctrl-C is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from test_decode_loop import compilations
 
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import param_letters, param_shapes
+from jaxdecode.models.params import param_letters, param_shapes
 from jaxdecode.models.random_model import random_array, random_model
 
 CONFIG = LlamaConfig(

@@ -18,7 +18,7 @@ from meshes import ALL_SIZES, make_mesh, size_name
 
 from jaxdecode.models.config import PRESETS, LlamaConfig
 from jaxdecode.models.kv_cache import cache_tree
-from jaxdecode.models.llama import param_letters, param_shapes
+from jaxdecode.models.params import param_letters, param_shapes
 from jaxdecode.models.sharding import (
     AXES,
     RULES,

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxdecode.checkpoint.hf_layout import Index, bounded, file_blocks, layout_of, rows_per_step
 from jaxdecode.checkpoint.source import WeightSource, cast_weight, numpy_dtype
-from jaxdecode.models.llama import param_shapes
+from jaxdecode.models.params import param_shapes
 
 # Start and stop along each axis of a weight: a slice that can be a key.
 Span = tuple[tuple[int, int], ...]

@@ -38,7 +38,8 @@ from jaxdecode.checkpoint.source import (
 )
 from jaxdecode.errors import CheckpointError
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import Llama, param_shapes
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_shapes
 
 if TYPE_CHECKING:
     from jaxdecode.tokenizer import Tokenizer

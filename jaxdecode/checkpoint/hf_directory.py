@@ -24,7 +24,7 @@ from jaxdecode.checkpoint.safetensors_file import SafetensorsFile, open_safetens
 from jaxdecode.checkpoint.source import check_shapes, main_dtype
 from jaxdecode.errors import CheckpointError
 from jaxdecode.models.config import DTYPES, LlamaConfig
-from jaxdecode.models.llama import param_shapes
+from jaxdecode.models.params import param_shapes
 
 if TYPE_CHECKING:
     from jaxdecode.tokenizer import Tokenizer

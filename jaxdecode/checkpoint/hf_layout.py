@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import param_shapes
+from jaxdecode.models.params import param_shapes
 
 Index = tuple[slice, ...]
 _BLOCK_BYTES = 32 << 20

@@ -16,7 +16,8 @@ from jaxdecode.checkpoint.hub_cache import find_in_hub_cache, is_hub_name
 from jaxdecode.checkpoint.source import WeightSource, checked_dtype
 from jaxdecode.errors import CheckpointError, RequestError
 from jaxdecode.models.config import LlamaConfig
-from jaxdecode.models.llama import Llama, param_letters
+from jaxdecode.models.llama import Llama
+from jaxdecode.models.params import param_letters
 from jaxdecode.models.sharding import Sharding, describe, fit_mesh
 from jaxdecode.plan import explain_exhaustion
 

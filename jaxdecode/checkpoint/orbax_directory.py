@@ -37,7 +37,7 @@ from jaxdecode.checkpoint.joint import JointSave
 from jaxdecode.checkpoint.source import TensorInfo, check_shapes, common_dtype, main_dtype
 from jaxdecode.errors import CheckpointError, PathError
 from jaxdecode.models.config import DTYPES, LlamaConfig
-from jaxdecode.models.llama import param_shapes
+from jaxdecode.models.params import param_shapes
 
 if TYPE_CHECKING:
     from jaxdecode.models.llama import Llama

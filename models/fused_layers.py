@@ -1,0 +1,78 @@
+"""The layers of a step of one token on one GPU, with one kernel from each attention to the next.
+
+The arithmetic is that of the modules in llama.py, which run what is before the first attention and
+behind the last one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.pallas_kernels import fused_layer
+from jaxdecode.pallas_kernels.fused_layer import LayerWeights
+
+if TYPE_CHECKING:
+    from jaxdecode.models.llama import Block, Partial, Step
+
+Array = jax.Array
+
+
+def why_not(blocks: Sequence[Block], tokens: Array, step: Step) -> str | None:
+    """Why the layers of a step of tokens [B, T] are not fused; None if they are."""
+    if step.sharding.mesh is not None:
+        return "the model is on a mesh"
+    if tokens.size != 1:
+        return f"the kernel is for one token, not {tokens.size}"
+    if len(blocks) < 2:
+        return "there is one layer"
+    # Shapes are enough, and outside of jit cost no copies.
+    return fused_layer.why_not(jax.eval_shape(lambda: _weights_between(blocks[0], blocks[1])))
+
+
+def run_layers(
+    blocks: Sequence[Block], x: Array, result: Partial, cache: KVCache, step: Step
+) -> tuple[Array, Partial, KVCache]:
+    """All layers, as one after the other would run them.
+
+    Args:
+      x: [1, 1, D], the residual stream. result: what is added to it first.
+
+    Returns:
+      (x, what the last layer adds to it, cache).
+    """
+    x, normed = blocks[0].attn_norm(x, result, step)
+    q, kv = blocks[0].attn.project(normed, step)
+    slots = fused_layer.new_slots(_weights_between(blocks[0], blocks[1]))
+    for turn, (block, following) in enumerate(itertools.pairwise(blocks), 1):
+        attended, cache = block.attn(q, kv, cache, step)
+        weights, eps = _weights_between(block, following), block.mlp_norm.eps
+        row, projected, slots = fused_layer.run(
+            attended.reshape(-1), x.reshape(-1), weights, slots, turn, eps
+        )
+        x = row.reshape(x.shape)
+        q, kv = projected[: q.size].reshape(q.shape), projected[q.size :].reshape(kv.shape)
+    attended, cache = blocks[-1].attn(q, kv, cache, step)
+    return *blocks[-1].finish(x, attended, step), cache
+
+
+def _weights_between(block: Block, following: Block) -> LayerWeights:
+    """Those of a block behind its attention, and of the next one before."""
+
+    def matrix(weight: Any, rows: int) -> Array:
+        return weight[...].reshape(rows, -1)
+
+    D = following.attn_norm.scale.shape[0]
+    F = block.mlp.down.shape[0]
+    return LayerWeights(
+        o=block.attn.o[...].reshape(-1, D),
+        gate_up=matrix(block.mlp.gate_up, D),
+        down=matrix(block.mlp.down, F),
+        mlp_scale=block.mlp_norm.scale[...],
+        next_scale=following.attn_norm.scale[...],
+        projections=(matrix(following.attn.q, D), matrix(following.attn.kv, D)),
+    )

@@ -1,0 +1,153 @@
+"""The part of a decoder layer between two attentions, for one token: what can be one kernel, where,
+and its call.
+
+D model width, F feed-forward width, N query heads, K KV heads, H head_dim, P columns of all that
+the next layer projects.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxdecode.pallas_kernels import flash_decode, norm
+from jaxdecode.pallas_kernels.kernel_call import with_plain_gradient
+from jaxdecode.pallas_kernels.layer_config import (
+    COLUMNS,
+    FEWEST_STAGES,
+    VECTOR,
+    layer_config,
+)
+from jaxdecode.pallas_kernels.split_config import NUM_SMS
+
+Array = jax.Array
+
+DTYPES = flash_decode.DTYPES
+
+
+class LayerWeights(NamedTuple):
+    """From one attention to the next.
+
+    Attributes:
+      o: [N * H, D]. gate_up: [D, 2 F], the gate first. down: [F, D].
+      mlp_scale, next_scale: [D], of the norms before gate_up and before the next layer.
+      projections: [D, *] each, the next layer's.
+    """
+
+    o: Array
+    gate_up: Array
+    down: Array
+    mlp_scale: Array
+    next_scale: Array
+    projections: tuple[Array, ...]
+
+
+def why_not(weights: Any) -> str | None:
+    """Why the kernel is not for weights of these shapes and dtypes, or not for this machine; None
+    if it is."""
+    arrays = jax.tree.leaves(weights)
+    dtypes = {jnp.dtype(x.dtype).name for x in arrays}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return f"the kernel takes weights all in {' or '.join(DTYPES)}, not {sorted(dtypes)}"
+    (NH, D), F = weights.o.shape, weights.down.shape[0]
+    if D % VECTOR:
+        return f"the kernel takes a model width that is a multiple of {VECTOR}, not {D}"
+    widths = (NH, F, *(x.shape[1] for x in weights.projections))
+    if min(NH, F) < VECTOR or any(width % COLUMNS for width in widths):
+        return (
+            f"the kernel takes heads and a feed-forward width of {VECTOR} in all or more, and all "
+            f"widths in multiples of {COLUMNS}, not {widths}"
+        )
+    if D > norm.MAX_ROW_BYTES // 2 or _config(weights, 0.0).stages < FEWEST_STAGES:
+        return f"vectors of {max(D, F, NH)} leave too little shared memory for weights"
+    return why_not_here()
+
+
+def why_not_here() -> str | None:
+    """Why the kernel cannot run on this machine; None if it can."""
+    if (obstacle := flash_decode.why_not_here()) is not None:
+        return obstacle
+    device = jax.devices()[0]
+    if (found := getattr(device, "core_count", NUM_SMS)) < NUM_SMS:
+        return f"the kernel needs {NUM_SMS} multiprocessors, and {device.device_kind} has {found}"
+    return None
+
+
+def new_slots(weights: LayerWeights) -> Array:
+    """What `run` calls tell each other's thread blocks things in: int32, for layers of weights of
+    these shapes."""
+    return jnp.zeros(sum(_config(weights, 0.0).slots), jnp.int32)
+
+
+def run(
+    attended: Array, x: Array, weights: LayerWeights, slots: Array, turn: int, eps: float
+) -> tuple[Array, Array, Array]:
+    """One token's way from an attention's result to the next layer's projections.
+
+    The kernel multiplies and rounds where `plain` does; their results differ by the order in which
+    products are added up. The call is for weights that `why_not` finds no obstacle with; its
+    gradient is that of `plain`.
+
+    Args:
+      attended: [N * H]. x: [D], the residual stream, both in the weights' dtype.
+      slots: from `new_slots`, or from the call before.
+      turn: above 0, and another one in each call that has these slots.
+      eps: of the norms.
+
+    Returns:
+      (x [D] for the next layer, its projections [P] one after the other, slots).
+    """
+    formula = functools.partial(plain, eps=eps)
+    kernel = functools.partial(_kernel, eps=eps)
+    operands = attended, x, *weights[:5], *weights.projections, slots, jnp.full(1, turn, jnp.int32)
+    # Decided when it is lowered: a process with a GPU may compile this call for its CPU.
+    x, projected, slots = lax.platform_dependent(
+        *operands,
+        cuda=lambda *operands: with_plain_gradient(kernel, formula, operands),
+        default=formula,
+    )
+    return x, projected, slots
+
+
+def plain(
+    attended: Array, x: Array, o: Array, gate_up: Array, down: Array, mlp_scale: Array,
+    next_scale: Array, *others: Array, eps: float,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """`run` for any device; others: the projections, slots and turn."""
+    *projections, slots, _ = others
+    x, normed = _add_and_norm(x, attended @ o, mlp_scale, eps)
+    gate, up = jnp.split(normed @ gate_up, 2)
+    x, normed = _add_and_norm(x, (jax.nn.silu(gate) * up) @ down, next_scale, eps)
+    return x, jnp.concatenate([normed @ weight for weight in projections]), slots
+
+
+def _add_and_norm(x, delta, scale, eps):
+    rows = norm.plain(x[None, None], delta[None, None], scale, eps=eps)
+    return tuple(row[0, 0] for row in rows)
+
+
+def _kernel(attended, x, o, gate_up, down, mlp_scale, next_scale, *others, eps):
+    *projections, slots, turn = others
+    weights = LayerWeights(o, gate_up, down, mlp_scale, next_scale, tuple(projections))
+    return _forward(attended, x, weights, slots, turn, eps=eps)
+
+
+# One jit for the module, so that equal calls, such as a model's layers, share one lowering.
+@functools.partial(jax.jit, static_argnames="eps")
+def _forward(attended, x, weights, slots, turn, *, eps):
+    from jaxdecode.pallas_kernels import layer_kernel
+
+    slots_ref = jax.new_ref(slots)
+    config = _config(weights, eps)
+    x, projected = layer_kernel.layer(attended, x, weights, turn, slots_ref, config)
+    return x, projected, jax.freeze(slots_ref)
+
+
+def _config(weights, eps):
+    (NH, D), F = weights.o.shape, weights.down.shape[0]
+    next_columns = tuple(weight.shape[1] for weight in weights.projections)
+    return layer_config(D, F, NH, next_columns, eps, NUM_SMS)

@@ -1,0 +1,145 @@
+"""How the products of a decoder layer are cut and shared among the thread blocks of one kernel.
+
+D model width, F feed-forward width, N query heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+# Rows and columns of a tile. Its rows are read from as many places in memory: 256 bytes of each is
+# enough, of 128 the kernel read 3 % more slowly.
+ROWS, COLUMNS = 64, 128
+# Elements of 16 bits that the threads of a warpgroup take from slots together: each a slot.
+VECTOR = 512
+# Tiles of a step: one after the other of the same columns, or one of the gate and one of up.
+TILES = 2
+# Shared memory of a thread block, less what Mosaic takes for itself.
+_SHARED_BYTES = 227 * 1024 - 4096
+_ITEMSIZE = 2
+# Fewer tiles do not outlast the wait for the other thread blocks.
+FEWEST_STAGES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A vector times a matrix, column block by column block.
+
+    Most column blocks have a thread block to themselves, so that all of them go down the matrix in
+    step and together read long pieces of its rows. What is left is cut into equal ranges of steps.
+
+    Attributes:
+      depth: rows of the matrix.
+      columns: column blocks; of the gate, each with that of up.
+      gated: whether it is gate and up.
+      num_blocks: thread blocks.
+    """
+
+    depth: int
+    columns: int
+    gated: bool
+    num_blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix, in a step."""
+        return ROWS if self.gated else TILES * ROWS
+
+    @property
+    def steps(self) -> int:
+        """Of a column block."""
+        return self.depth // self.rows
+
+    @property
+    def whole(self) -> int:
+        """Column blocks that each thread block has to itself."""
+        return self.columns // self.num_blocks
+
+    @property
+    def shared(self) -> int:
+        """Column blocks that several thread blocks may share."""
+        return self.columns - self.whole * self.num_blocks
+
+    @property
+    def sharers(self) -> int:
+        """Thread blocks, the first ones, that have any of the shared steps; above 0."""
+        return max(min(self.num_blocks, self.shared * self.steps), 1)
+
+    @property
+    def parts(self) -> int:
+        """Thread blocks that share a column block, at most."""
+        total = self.shared * self.steps
+        ends = [i * total // self.sharers for i in range(self.sharers + 1)]
+        found = [0] * self.shared
+        for first, last in itertools.pairwise(ends):
+            for column in range(first // self.steps, -(-last // self.steps)):
+                found[column] += first < last
+        return max(found, default=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """Static sizes of a layer from the output projection on to the next layer's queries, keys and
+    values.
+
+    Attributes:
+      products: output projection, gate and up, down, and what the next layer projects.
+      next_columns: column blocks of each weight of the last product.
+      eps: of the norms.
+      num_blocks: thread blocks, no more than run at the same time.
+    """
+
+    products: tuple[Product, Product, Product, Product]
+    next_columns: tuple[int, ...]
+    eps: float
+    num_blocks: int
+
+    @property
+    def widest(self) -> int:
+        """Elements of the longest vector that is multiplied."""
+        return max(product.depth for product in self.products)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.products[1].depth
+
+    @property
+    def stages(self) -> int:
+        """Tiles that the ring has room for."""
+        spare = _SHARED_BYTES - _ITEMSIZE * (self.widest + self.width)
+        return spare // (_ITEMSIZE * ROWS * COLUMNS)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """int32 elements of the slots for what the products make but the last, and then for the
+        parts of each product's shared column blocks."""
+        vectors = [_words(n, _ITEMSIZE) for n in (self.width, self.products[2].depth, self.width)]
+        return *vectors, *(_words(math.prod(parts_shape(product)), 4) for product in self.products)
+
+
+def _words(values: int, itemsize: int) -> int:
+    """int32 elements of the slots for so many values; see slots.py."""
+    return 2 * values * itemsize // 4
+
+
+def parts_shape(product: Product) -> tuple[int, int, int]:
+    """[parts but the first, tiles, columns] of a product's shared column blocks."""
+    tiles = TILES if product.gated else 1
+    return max(product.parts - 1, 0), tiles, product.shared * COLUMNS
+
+
+def layer_config(
+    D: int, F: int, NH: int, next_columns: tuple[int, ...], eps: float, num_blocks: int
+) -> LayerConfig:
+    """Sizes for a layer; next_columns are those of each of the next layer's projections."""
+    blocks_of_next = tuple(n // COLUMNS for n in next_columns)
+    products = (
+        Product(NH, D // COLUMNS, False, num_blocks),
+        Product(D, F // COLUMNS, True, num_blocks),
+        Product(F, D // COLUMNS, False, num_blocks),
+        Product(D, sum(blocks_of_next), False, num_blocks),
+    )
+    return LayerConfig(products, blocks_of_next, eps, num_blocks)

@@ -1,0 +1,305 @@
+"""One token's way through a decoder layer on Pallas Mosaic GPU, from the output projection to the
+next layer's projections, in one launch.
+
+The products are bound by the reading of their weights. Launched one by one, each waits for the
+last bytes of the one before it, for its own first ones, and for the small kernels in between. Here
+a warpgroup of each thread block streams weights through a ring in shared memory (TMA) and never
+waits for a result. The other multiplies; while it waits for the others' share of the next vector,
+memory goes on filling the ring.
+
+Thread blocks tell each other what they make by slots (slots.py): no barrier, no fence. A column
+block that several share is finished by the first of them, which has it last: it adds up the parts
+of the others in their order, so every run gives the same bits. All thread blocks must run at the
+same time, for they wait for one another: there are no more of them than multiprocessors, and one
+fills the shared memory of each.
+
+The letters are those of layer_config.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxdecode.pallas_kernels.layer_config import (
+    COLUMNS,
+    ROWS,
+    TILES,
+    VECTOR,
+    LayerConfig,
+    parts_shape,
+)
+from jaxdecode.pallas_kernels.layer_tiles import Job, Scratch, allocate, share_of, stream_share
+from jaxdecode.pallas_kernels.mosaic import LOG2_E, THREADS, accumulate
+from jaxdecode.pallas_kernels.norm_kernel import normalised, rounded_sum
+from jaxdecode.pallas_kernels.slots import (
+    LINE,
+    MOST_LINES,
+    ROW,
+    any_row,
+    put_line,
+    take,
+    take_sums_of_lines,
+)
+
+# Rows that the tensor cores' instruction has; one would do.
+_FILLED = 64
+# Elements of a vector that a thread block moves at a time: its threads hold them in registers.
+_AT_ONCE = 8192
+
+
+def layer(
+    attended: jax.Array, x: jax.Array, weights: Any, turn: jax.Array, slots: Any,
+    config: LayerConfig,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Runs the kernel.
+
+    Args:
+      attended: [N * H], the heads' results. x: [D], the residual stream.
+      weights: `fused_layer.LayerWeights`.
+      turn: int32 [1], above 0, another one in each launch that has these slots.
+      slots: Ref of int32 [sum(config.slots)], zero before the first launch.
+
+    Returns:
+      x [D] for the next layer, and its projections, one after the other.
+    """
+    dtype, projected = x.dtype, config.products[-1].columns * COLUMNS
+    new_x, projected = plgpu.kernel(
+        functools.partial(_layer_kernel, config=config),
+        out_type=[jax.ShapeDtypeStruct(x.shape, dtype), jax.ShapeDtypeStruct((projected,), dtype)],
+        grid=(config.num_blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        scratch_types=allocate(dtype, config),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="decoder_layer",
+    )(attended, x, turn, *weights[:5], *weights.projections, slots)
+    return new_x, projected
+
+
+def _layer_kernel(
+    attended_ref, x_ref, turn_ref, o_ref, gate_up_ref, down_ref, mlp_scale_ref, next_scale_ref,
+    *refs, config: LayerConfig,
+):  # fmt: skip
+    """One thread block's share of the products."""
+    count = len(config.next_columns)
+    next_refs, (slots_ref, new_x_ref, projected_ref, *scratch) = refs[:count], refs[count:]
+    scratch = Scratch(*scratch)
+    middle, hidden, following, *parts = _areas(slots_ref, config)
+    weights = ((o_ref,), (gate_up_ref,), (down_ref,), next_refs)
+    jobs = [Job(*each) for each in zip(config.products, weights, parts, strict=True)]
+    block, warpgroup = map(lax.axis_index, ("block", "warpgroup"))
+
+    @pl.when(warpgroup == 0)
+    def _multiply():
+        turn = turn_ref[0]
+        work = functools.partial(_Work, block, turn, scratch, config)
+        o, gate_up, down, projections = (work(job) for job in jobs)
+        _copy(attended_ref, scratch.x)
+        _copy(x_ref, scratch.residual)
+        step = o.run(jnp.int32(0), functools.partial(_add_to_residual, middle, None))
+        gate_up.take_normed(middle, mlp_scale_ref)
+        step = gate_up.run(step, functools.partial(_gate, hidden))
+        down.take_vector(hidden)
+        step = down.run(step, functools.partial(_add_to_residual, following, new_x_ref))
+        projections.take_normed(following, next_scale_ref)
+        projections.run(step, functools.partial(_store, projected_ref))
+
+    @pl.when(warpgroup == 1)
+    def _stream():
+        step = jnp.int32(0)
+        for job in jobs:
+            step = stream_share(job, block, step, scratch, config)
+
+
+def _areas(slots_ref, config):
+    """The slots of each vector, and of each product's parts."""
+    ends = list(itertools.accumulate(config.slots, initial=0))
+    return [
+        slots_ref.at[pl.ds(start, end - start)] if end > start else None
+        for start, end in itertools.pairwise(ends)
+    ]
+
+
+class _Work(NamedTuple):
+    """What the multiplying warpgroup does of a product."""
+
+    block: Any
+    turn: Any
+    scratch: Scratch
+    config: LayerConfig
+    job: Job
+
+    @property
+    def share(self):
+        """The thread block's steps."""
+        return share_of(self.job.product, self.block)
+
+    def take_normed(self, slots_ref, scale_ref):
+        """Takes the stream: the residual, and normalised what is multiplied."""
+        D, dtype = scale_ref.shape[0], scale_ref.dtype
+        layout = plgpu.Layout.WG_STRIDED((D,), vec_size=4)
+        # On its way while the others are waited for.
+        scale = plgpu.load(scale_ref, layout=layout)
+        (x,) = take(self.turn, [slots_ref], jax.ShapeDtypeStruct((D,), dtype))
+        self.scratch.residual[...] = x
+        mean_square = jnp.sum(jnp.square(x.astype(jnp.float32))) / D
+        self.scratch.x[pl.ds(0, D)] = normalised(x, mean_square, scale, self.config.eps)
+        plgpu.commit_smem()
+
+    def take_vector(self, slots_ref):
+        """Takes what the thread block multiplies of a vector."""
+        product, dtype = self.job.product, self.scratch.x.dtype
+        size = min(_AT_ONCE, product.depth // VECTOR * VECTOR)
+        first, end = self._rows()
+
+        def piece(i, _):
+            # The last one may begin in the one before it.
+            start = jnp.minimum(first + i * size, product.depth - size)
+            # A word of slots holds a value of 16 bits.
+            slots = slots_ref.at[pl.ds(start, size)]
+            (values,) = take(self.turn, [slots], jax.ShapeDtypeStruct((size,), dtype))
+            self.scratch.x[pl.ds(start, size)] = values
+            return ()
+
+        lax.fori_loop(0, lax.div(end - first + (size - 1), jnp.int32(size)), piece, ())
+        plgpu.commit_smem()
+
+    def _rows(self):
+        """The rows of the matrix that the thread block's steps are in, first <= row < end."""
+        product, share = self.job.product, self.share
+        _, step = share.place(0)
+        end = step + share.count
+        is_one = end <= product.steps
+        first = jnp.where(is_one, step, 0)
+        end = jnp.where(is_one, end, product.steps)
+        return first * product.rows, end * product.rows
+
+    def run(self, start, target):
+        """Multiplies the thread block's tiles, of the ring's steps from `start` on; `target` takes
+        the column blocks that it finishes."""
+        product, share = self.job.product, self.share
+
+        def column_block(begin):
+            column, step = share.place(begin)
+            end = jnp.minimum(begin + (product.steps - step), share.count)
+            tile = functools.partial(self._multiply, start, step - begin)
+            zeros = jnp.zeros((_FILLED, COLUMNS), jnp.float32)
+            zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+            accs = lax.fori_loop(begin, end, tile, (zeros,) * (TILES if product.gated else 1))
+            self._finish(column, [self._line(i, acc) for i, acc in enumerate(accs)], target)
+            return end
+
+        lax.while_loop(lambda begin: begin < share.count, column_block, jnp.int32(0))
+        return start + share.count
+
+    def _multiply(self, start, step_of_first, i, accs):
+        """The sums with those of the i-th step."""
+        product, scratch, accs = self.job.product, self.scratch, list(accs)
+        row = (step_of_first + i) * product.rows
+        parts = [scratch.x.at[pl.ds(row + j, ROWS)] for j in range(0, product.rows, ROWS)]
+        spread = [_spread(part) for part in parts]
+        for tile in range(TILES):
+            slot = lax.rem((start + i) * TILES + tile, jnp.int32(self.config.stages))
+            acc, x = tile % len(accs), spread[tile % len(spread)]
+            plgpu.barrier_wait(scratch.full.at[slot])
+            accs[acc] = accumulate(accs[acc], x, scratch.ring.at[slot])
+            plgpu.barrier_arrive(scratch.released.at[slot])
+        return tuple(accs)
+
+    def _line(self, tile, acc):
+        """A row of acc, a value for each thread."""
+        sums = self.scratch.sums.at[tile]
+        sums[...] = any_row(acc)
+        plgpu.commit_smem()
+        return plgpu.load(sums, layout=LINE)
+
+    def _finish(self, column, sums, target):
+        """Hands a column block to `target`, or a part of one to the thread block that does."""
+        product, finish = self.job.product, functools.partial(target, self, column)
+        if self.job.parts is None:
+            finish(sums)
+            return
+        shared = column - product.whole * product.num_blocks
+        first, last = self.share.owners(shared)
+        is_alone = shared < 0
+        others = jnp.where(is_alone, 0, last - first)
+
+        @pl.when(is_alone | (self.block == first))
+        def _():
+            def add(i, sums):
+                count = jnp.minimum(others - i * MOST_LINES, MOST_LINES)
+                parts = self._take_parts(i * MOST_LINES, count, len(sums), shared)
+                return tuple(x + y for x, y in zip(sums, parts, strict=True))
+
+            trips = lax.div(others + (MOST_LINES - 1), jnp.int32(MOST_LINES))
+            finish(lax.fori_loop(0, trips, add, tuple(sums)))
+
+        @pl.when(jnp.logical_not(is_alone) & (self.block > first))
+        def _():
+            for i, values in enumerate(sums):
+                put_line(values, self.turn, self._part(self.block - first - 1, i, shared))
+
+    def _take_parts(self, first, count, tiles, column):
+        _, _, columns = parts_shape(self.job.product)
+        refs = [self._part(first, tile, column) for tile in range(tiles)]
+        return take_sums_of_lines(self.turn, refs, count, distance=2 * tiles * columns)
+
+    def _part(self, part, tile, column):
+        """The slots of one part of a tile's columns: of each of their sums two words."""
+        _, tiles, columns = parts_shape(self.job.product)
+        start = (part * tiles + tile) * columns + column * COLUMNS
+        return self.job.parts.at[pl.ds(2 * start, 2 * COLUMNS)]
+
+
+def _spread(x_ref):
+    """x as every row of a matrix, in registers."""
+    values = plgpu.load(x_ref, layout=ROW, optimized=False)
+    return lax.broadcast_in_dim(values, (_FILLED, values.shape[0]), (1,))
+
+
+def _add_to_residual(slots_ref, new_x_ref, work, column, sums):
+    """Tells the residual stream with the sums added to it."""
+    columns = pl.ds(column * COLUMNS, COLUMNS)
+    x = plgpu.load(work.scratch.residual.at[columns], layout=LINE)
+    total = rounded_sum(x, sums[0].astype(x.dtype))
+    put_line(total, work.turn, slots_ref.at[columns])
+    if new_x_ref is not None:
+        new_x_ref[columns] = total
+
+
+def _gate(slots_ref, work, column, sums):
+    """Tells silu(gate) * up."""
+    dtype = work.scratch.x.dtype
+    gate, up = (x.astype(dtype).astype(jnp.float32) for x in sums)
+    hidden = gate / (1.0 + jnp.exp2(gate * -LOG2_E)) * up
+    put_line(hidden.astype(dtype), work.turn, slots_ref.at[pl.ds(column * COLUMNS, COLUMNS)])
+
+
+def _store(target_ref, work, column, sums):
+    """Stores the sums."""
+    del work
+    target_ref[pl.ds(column * COLUMNS, COLUMNS)] = sums[0].astype(target_ref.dtype)
+
+
+def _copy(source_ref, target_smem):
+    size = source_ref.shape[0]
+    for start in range(0, size, _AT_ONCE):
+        part = pl.ds(start, min(_AT_ONCE, size - start))
+        target_smem[part] = _load(source_ref.at[part])
+    plgpu.commit_smem()
+
+
+def _load(ref):
+    """A vector spread over the threads."""
+    each = ref.shape[0] // THREADS
+    vector = next(n for n in (8, 4, 2, 1) if each % n == 0)
+    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=vector))
