@@ -20,7 +20,8 @@ from jaxdecode.models.sharding import Sharding
 from jaxdecode.pallas_kernels import xla
 
 MAX_CONTEXT = 2**31 - 1  # positions are int32
-# XLA gives a library's matrix product 32 MiB of scratch on Hopper; two may be in flight.
+# XLA gives a library's matrix product 32 MiB of scratch on Hopper; two may be in flight. The slots
+# of layers in one kernel, 1.5 MB at most, are within that.
 _LIBRARY_BYTES = 2 * 32 * 2**20
 # Copies of the logits that sampling makes: penalised, sorted with their indices, summed up.
 _LOGIT_COPIES = 10

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 
-def why_not(blocks: Sequence[Block], tokens: Array, step: Step) -> str | None:
-    """Why the layers of a step of tokens [B, T] are not fused; None if they are."""
+def why_not(blocks: Sequence[Block], x: Array, step: Step) -> str | None:
+    """Why the layers of a step that begins with x [B, T, D] are not fused; None if they are."""
     if step.sharding.mesh is not None:
         return "the model is on a mesh"
-    if tokens.size != 1:
-        return f"the kernel is for one token, not {tokens.size}"
+    if (tokens := x.shape[0] * x.shape[1]) != 1:
+        return f"the kernel is for one token, not {tokens}"
     if len(blocks) < 2:
         return "there is one layer"
-    # Shapes are enough, and outside of jit cost no copies.
-    return fused_layer.why_not(jax.eval_shape(lambda: _weights_between(blocks[0], blocks[1])))
+    weights = _weights_between(blocks[0], blocks[1])
+    if x.dtype != weights.o.dtype:
+        return f"the embedding is {x.dtype} and the layers are {weights.o.dtype}"
+    return fused_layer.why_not(weights)
 
 
 def run_layers(
@@ -62,17 +64,11 @@ def run_layers(
 
 def _weights_between(block: Block, following: Block) -> LayerWeights:
     """Those of a block behind its attention, and of the next one before."""
-
-    def matrix(weight: Any, rows: int) -> Array:
-        return weight[...].reshape(rows, -1)
-
-    D = following.attn_norm.scale.shape[0]
-    F = block.mlp.down.shape[0]
     return LayerWeights(
-        o=block.attn.o[...].reshape(-1, D),
-        gate_up=matrix(block.mlp.gate_up, D),
-        down=matrix(block.mlp.down, F),
+        o=block.attn.o[...],
+        gate_up=block.mlp.gate_up[...],
+        down=block.mlp.down[...],
         mlp_scale=block.mlp_norm.scale[...],
         next_scale=following.attn_norm.scale[...],
-        projections=(matrix(following.attn.q, D), matrix(following.attn.kv, D)),
+        projections=(following.attn.q[...], following.attn.kv[...]),
     )

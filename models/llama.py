@@ -240,7 +240,7 @@ class Llama(nnx.Module):
         step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, mailboxes)
         result = self._embed(tokens)
         x = jnp.zeros_like(result.x)
-        if fused_layers.why_not(self.layers, tokens, step) is None:
+        if fused_layers.why_not(self.layers, x, step) is None:
             x, result, cache = fused_layers.run_layers(self.layers, x, result, cache, step)
         else:
             for block in self.layers:

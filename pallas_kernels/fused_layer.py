@@ -33,9 +33,9 @@ class LayerWeights(NamedTuple):
     """From one attention to the next.
 
     Attributes:
-      o: [N * H, D]. gate_up: [D, 2 F], the gate first. down: [F, D].
+      o: [N * H, D] or [N, H, D]. gate_up: [D, 2 F] or [D, 2, F], the gate first. down: [F, D].
       mlp_scale, next_scale: [D], of the norms before gate_up and before the next layer.
-      projections: [D, *] each, the next layer's.
+      projections: [D, ...] each, the next layer's.
     """
 
     o: Array
@@ -49,6 +49,7 @@ class LayerWeights(NamedTuple):
 def why_not(weights: Any) -> str | None:
     """Why the kernel is not for weights of these shapes and dtypes, or not for this machine; None
     if it is."""
+    weights = jax.eval_shape(_matrices, weights)
     arrays = jax.tree.leaves(weights)
     dtypes = {jnp.dtype(x.dtype).name for x in arrays}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
@@ -71,26 +72,33 @@ def why_not_here() -> str | None:
     """Why the kernel cannot run on this machine; None if it can."""
     if (obstacle := flash_decode.why_not_here()) is not None:
         return obstacle
-    device = jax.devices()[0]
-    if (found := getattr(device, "core_count", NUM_SMS)) < NUM_SMS:
-        return f"the kernel needs {NUM_SMS} multiprocessors, and {device.device_kind} has {found}"
+    for device in jax.local_devices():
+        found = getattr(device, "core_count", 0)
+        if device.platform == "gpu" and found < NUM_SMS:
+            return (
+                f"the kernel needs {NUM_SMS} multiprocessors, and {device.device_kind} has {found}"
+            )
     return None
 
 
 def new_slots(weights: LayerWeights) -> Array:
     """What `run` calls tell each other's thread blocks things in: int32, for layers of weights of
     these shapes."""
-    return jnp.zeros(sum(_config(weights, 0.0).slots), jnp.int32)
+    config = _config(jax.eval_shape(_matrices, weights), 0.0)
+    return jnp.zeros(sum(config.slots), jnp.int32)
 
 
 def run(
-    attended: Array, x: Array, weights: LayerWeights, slots: Array, turn: int, eps: float
+    attended: Array, x: Array, weights: LayerWeights, slots: Array, turn: int | Array, eps: float
 ) -> tuple[Array, Array, Array]:
     """One token's way from an attention's result to the next layer's projections.
 
-    The kernel multiplies and rounds where `plain` does; their results differ by the order in which
-    products are added up. The call is for weights that `why_not` finds no obstacle with; its
-    gradient is that of `plain`.
+    The kernel rounds where `plain` does, except that it does not round silu(gate), whose
+    exponential is approximate; and it adds up products in another order. The call is for weights
+    that `why_not` finds no obstacle with; its gradient is that of `plain`.
+
+    The kernel's thread blocks wait for one another, so it needs the GPU for itself: two calls that
+    run at the same time, as of two processes under CUDA's MPS, could wait for ever.
 
     Args:
       attended: [N * H]. x: [D], the residual stream, both in the weights' dtype.
@@ -104,7 +112,7 @@ def run(
     formula = functools.partial(plain, eps=eps)
     kernel = functools.partial(_kernel, eps=eps)
     operands = attended, x, *weights[:5], *weights.projections, slots, jnp.full(1, turn, jnp.int32)
-    # Decided when it is lowered: a process with a GPU may compile this call for its CPU.
+    # Decided when it is lowered: a process with a GPU may compile a function for its CPU.
     x, projected, slots = lax.platform_dependent(
         *operands,
         cuda=lambda *operands: with_plain_gradient(kernel, formula, operands),
@@ -119,10 +127,12 @@ def plain(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """`run` for any device; others: the projections, slots and turn."""
     *projections, slots, _ = others
-    x, normed = _add_and_norm(x, attended @ o, mlp_scale, eps)
-    gate, up = jnp.split(normed @ gate_up, 2)
+    weights = LayerWeights(o, gate_up, down, mlp_scale, next_scale, tuple(projections))
+    weights = _matrices(weights)
+    x, normed = _add_and_norm(x, attended @ weights.o, mlp_scale, eps)
+    gate, up = jnp.split(normed @ weights.gate_up, 2)
     x, normed = _add_and_norm(x, (jax.nn.silu(gate) * up) @ down, next_scale, eps)
-    return x, jnp.concatenate([normed @ weight for weight in projections]), slots
+    return x, jnp.concatenate([normed @ weight for weight in weights.projections]), slots
 
 
 def _add_and_norm(x, delta, scale, eps):
@@ -141,10 +151,21 @@ def _kernel(attended, x, o, gate_up, down, mlp_scale, next_scale, *others, eps):
 def _forward(attended, x, weights, slots, turn, *, eps):
     from jaxdecode.pallas_kernels import layer_kernel
 
+    # Here, for outside of a jit each reshape would be a copy.
+    weights = _matrices(weights)
     slots_ref = jax.new_ref(slots)
     config = _config(weights, eps)
     x, projected = layer_kernel.layer(attended, x, weights, turn, slots_ref, config)
     return x, projected, jax.freeze(slots_ref)
+
+
+def _matrices(weights):
+    D = weights.mlp_scale.shape[0]
+    return weights._replace(
+        o=weights.o.reshape(-1, D),
+        gate_up=weights.gate_up.reshape(D, -1),
+        projections=tuple(weight.reshape(D, -1) for weight in weights.projections),
+    )
 
 
 def _config(weights, eps):

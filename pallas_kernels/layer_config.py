@@ -9,8 +9,8 @@ import dataclasses
 import itertools
 import math
 
-# Rows and columns of a tile. Its rows are read from as many places in memory: 256 bytes of each is
-# enough, of 128 the kernel read 3 % more slowly.
+# Rows and columns of a tile. A row is 256 bytes that follow each other in memory; with 128 the
+# kernel read 3 % more slowly.
 ROWS, COLUMNS = 64, 128
 # Elements of 16 bits that the threads of a warpgroup take from slots together: each a slot.
 VECTOR = 512
@@ -19,7 +19,8 @@ TILES = 2
 # Shared memory of a thread block, less what Mosaic takes for itself.
 _SHARED_BYTES = 227 * 1024 - 4096
 _ITEMSIZE = 2
-# Fewer tiles do not outlast the wait for the other thread blocks.
+# Tiles in the ring. Fewer do not outlast the wait for the other thread blocks; there must be at
+# least as many as layer_tiles.py has in flight.
 FEWEST_STAGES = 8
 
 
@@ -86,13 +87,13 @@ class LayerConfig:
 
     Attributes:
       products: output projection, gate and up, down, and what the next layer projects.
-      next_columns: column blocks of each weight of the last product.
+      next_blocks: column blocks of each weight of the last product.
       eps: of the norms.
       num_blocks: thread blocks, no more than run at the same time.
     """
 
     products: tuple[Product, Product, Product, Product]
-    next_columns: tuple[int, ...]
+    next_blocks: tuple[int, ...]
     eps: float
     num_blocks: int
 

@@ -90,7 +90,7 @@ def _layer_kernel(
     *refs, config: LayerConfig,
 ):  # fmt: skip
     """One thread block's share of the products."""
-    count = len(config.next_columns)
+    count = len(config.next_blocks)
     next_refs, (slots_ref, new_x_ref, projected_ref, *scratch) = refs[:count], refs[count:]
     scratch = Scratch(*scratch)
     middle, hidden, following, *parts = _areas(slots_ref, config)

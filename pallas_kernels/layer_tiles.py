@@ -145,6 +145,6 @@ def _load_tile(number, place, job, scratch, config):
     if len(job.weights) == 1:
         load(*job.weights, 0)
         return
-    ends = itertools.pairwise(itertools.accumulate(config.next_columns, initial=0))
+    ends = itertools.pairwise(itertools.accumulate(config.next_blocks, initial=0))
     for weight, (first, end) in zip(job.weights, ends, strict=True):
         pl.when((column >= first) & (column < end))(functools.partial(load, weight, first))

@@ -28,8 +28,8 @@ ROW = plgpu.Layout.WGMMA.reduce(0)
 LINE = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 # Lines that are taken together.
 MOST_LINES = 8
-# Of values, in one slot, and of those beside one number.
-_SLOT_BYTES, _WORD_BYTES = 8, 4
+# Of values, in one slot.
+_SLOT_BYTES = 8
 # Slots that a thread polls together: each costs four registers.
 _AT_ONCE = 16
 
@@ -117,7 +117,7 @@ def take(turn: jax.Array, refs: list[Any], kind: jax.ShapeDtypeStruct) -> list[j
             for pair in _poll(slots[first : first + _AT_ONCE], turn.registers.item())
         ]
         registers = _registers(words, values)
-        # Nobody may count this turn as over before all threads know its number.
+        # The turn is not over, and the next one not begun, before all threads have this one's.
         utils.warpgroup_barrier()
         return [
             mgpu.FragmentedArray(_registers=each, _layout=lanes, _is_signed=None)

@@ -43,6 +43,7 @@ MODELS = {
     "llama-2-7b": (4096, 11008, 4096, (4096, 8192)),
     "odd": (1024, 3712, 2048, (2048, 512)),
     "small": (512, 768, 512, (512, 256)),
+    "even": (8704, 16896, 8704, (8704, 8192)),  # two products without parts
 }
 SIZES = [(name, num_blocks) for name in MODELS for num_blocks in (132, 7)]
 CONFIG = LlamaConfig(
@@ -335,24 +336,25 @@ def test_what_is_left_to_xla(pretend_gpu, weights, words):
 def test_where_the_kernel_runs(monkeypatch):
     assert "JAX runs on cpu" in fused_layer.why_not(structs("small")[2])
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
-    device = types.SimpleNamespace(core_count=114, device_kind="H100 PCIe")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    device = types.SimpleNamespace(core_count=114, device_kind="H100 PCIe", platform="gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert "needs 132 multiprocessors, and H100 PCIe has 114" in fused_layer.why_not_here()
     device.core_count = 132
     assert fused_layer.why_not_here() is None
 
 
 def test_which_steps_are_fused(pretend_gpu):
-    model, one = make_model(), jnp.zeros((1, 1), jnp.int32)
+    model, one = make_model(), jnp.zeros((1, 1, CONFIG.embed_dim), jnp.bfloat16)
     step = types.SimpleNamespace(sharding=Sharding())
     assert fused_layers.why_not(model.layers, one, step) is None
-    for tokens in (jnp.zeros((1, 5), jnp.int32), jnp.zeros((5, 1), jnp.int32)):
-        assert "one token, not 5" in fused_layers.why_not(model.layers, tokens, step)
+    for five in (jnp.tile(one, (1, 5, 1)), jnp.tile(one, (5, 1, 1))):
+        assert "one token, not 5" in fused_layers.why_not(model.layers, five, step)
     assert "one layer" in fused_layers.why_not(model.layers[:1], one, step)
     sharded = types.SimpleNamespace(sharding=fit_mesh(CONFIG, make_mesh((1, 2, 1))))
     assert "on a mesh" in fused_layers.why_not(model.layers, one, sharded)
     wide = random_model(CONFIG, "float32")
-    assert "not ['float32']" in fused_layers.why_not(wide.layers, one, step)
+    assert "embedding is bfloat16" in fused_layers.why_not(wide.layers, one, step)
+    assert "['float32']" in fused_layers.why_not(wide.layers, one.astype("float32"), step)
 
 
 def kernels_in(call, *shapes) -> tuple[int, int]:
