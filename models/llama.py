@@ -90,10 +90,9 @@ class Attention(nnx.Module):
 
     def __call__(self, q: Array, kv: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
         """What `project` returns attends to the cache: [B, T, N * H], before `output`."""
-        dtype = q.dtype
         q, cache = self._append(q, kv, cache, step)
         out = self._attend(q, cache, step)
-        return out.astype(dtype).reshape(*out.shape[:2], -1), cache
+        return out.astype(q.dtype).reshape(*out.shape[:2], -1), cache
 
     def output(self, attended: Array) -> Partial:
         """The output projection."""

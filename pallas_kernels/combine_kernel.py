@@ -28,10 +28,10 @@ from jaxdecode.pallas_kernels.split_plan import ToCombine
 
 # Chunks of a row that are in flight together where their number is not known when compiled.
 _AT_ONCE, _FEW = 16, 2
-# Thread blocks for the rows of what a block of step 1 leaves. With more rows some share one. (Four
-# rows in each of two thread blocks took 0.2 to 0.8 us longer where something is left, and not less
-# time where nothing is.)
-_MOST_GROUPS, _MOST_TOGETHER = 8, 4
+# Of what a block of step 1 leaves, up to so many rows have a thread block each; of more, some share
+# one, so many at most. (Eight rows in two thread blocks took 0.2 to 0.8 us longer where something
+# is left, and not less time where nothing is.)
+_MOST_ALONE, _MOST_TOGETHER = 8, 4
 
 
 def combine_splits(
@@ -78,7 +78,7 @@ def combine_planned(
     """
     H, padded = out_ref.shape[-1], to_combine.out_partial.shape[-1]
     rows = config.block_t * config.block_g
-    together = min(-(-rows // _MOST_GROUPS), _MOST_TOGETHER)
+    together = min(-(-rows // _MOST_ALONE), _MOST_TOGETHER)
     row_smem = plgpu.SMEM((together, padded), out_ref.dtype)
     plgpu.kernel(
         functools.partial(_planned_kernel, config=config, rows=rows, together=together),

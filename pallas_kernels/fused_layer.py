@@ -109,41 +109,38 @@ def run(
     Returns:
       (x [D] for the next layer, its projections [P] one after the other, slots).
     """
-    formula = functools.partial(plain, eps=eps)
-    kernel = functools.partial(_kernel, eps=eps)
-    operands = attended, x, *weights[:5], *weights.projections, slots, jnp.full(1, turn, jnp.int32)
+    operands = attended, x, weights, slots, jnp.full(1, turn, jnp.int32)
+    leaves, structure = jax.tree.flatten(operands)
+
+    def of_leaves(call):
+        return lambda *leaves: call(*jax.tree.unflatten(structure, leaves), eps=eps)
+
+    kernel, formula = of_leaves(_forward), of_leaves(plain)
     # Decided when it is lowered: a process with a GPU may compile a function for its CPU.
     x, projected, slots = lax.platform_dependent(
-        *operands,
-        cuda=lambda *operands: with_plain_gradient(kernel, formula, operands),
+        *leaves,
+        cuda=lambda *leaves: with_plain_gradient(kernel, formula, leaves),
         default=formula,
     )
     return x, projected, slots
 
 
 def plain(
-    attended: Array, x: Array, o: Array, gate_up: Array, down: Array, mlp_scale: Array,
-    next_scale: Array, *others: Array, eps: float,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """`run` for any device; others: the projections, slots and turn."""
-    *projections, slots, _ = others
-    weights = LayerWeights(o, gate_up, down, mlp_scale, next_scale, tuple(projections))
+    attended: Array, x: Array, weights: LayerWeights, slots: Array, turn: Array, *, eps: float
+) -> tuple[Array, Array, Array]:
+    """`run` for any device."""
+    del turn
     weights = _matrices(weights)
-    x, normed = _add_and_norm(x, attended @ weights.o, mlp_scale, eps)
+    x, normed = _add_and_norm(x, attended @ weights.o, weights.mlp_scale, eps)
     gate, up = jnp.split(normed @ weights.gate_up, 2)
-    x, normed = _add_and_norm(x, (jax.nn.silu(gate) * up) @ down, next_scale, eps)
+    hidden = jax.nn.silu(gate) * up
+    x, normed = _add_and_norm(x, hidden @ weights.down, weights.next_scale, eps)
     return x, jnp.concatenate([normed @ weight for weight in weights.projections]), slots
 
 
 def _add_and_norm(x, delta, scale, eps):
     rows = norm.plain(x[None, None], delta[None, None], scale, eps=eps)
     return tuple(row[0, 0] for row in rows)
-
-
-def _kernel(attended, x, o, gate_up, down, mlp_scale, next_scale, *others, eps):
-    *projections, slots, turn = others
-    weights = LayerWeights(o, gate_up, down, mlp_scale, next_scale, tuple(projections))
-    return _forward(attended, x, weights, slots, turn, eps=eps)
 
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.

@@ -28,8 +28,8 @@ FEWEST_STAGES = 8
 class Product:
     """A vector times a matrix, column block by column block.
 
-    Most column blocks have a thread block to themselves, so that all of them go down the matrix in
-    step and together read long pieces of its rows. What is left is cut into equal ranges of steps.
+    As long as there is one for each thread block, column blocks are given out whole. The steps of
+    those that are left are cut into equal ranges, column block by column block.
 
     Attributes:
       depth: rows of the matrix.

@@ -37,7 +37,7 @@ from jaxdecode.pallas_kernels.layer_config import (
     parts_shape,
 )
 from jaxdecode.pallas_kernels.layer_tiles import Job, Scratch, allocate, share_of, stream_share
-from jaxdecode.pallas_kernels.mosaic import LOG2_E, THREADS, accumulate
+from jaxdecode.pallas_kernels.mosaic import LOG2_E, accumulate, load_vector
 from jaxdecode.pallas_kernels.norm_kernel import normalised, rounded_sum
 from jaxdecode.pallas_kernels.slots import (
     LINE,
@@ -45,6 +45,7 @@ from jaxdecode.pallas_kernels.slots import (
     ROW,
     any_row,
     put_line,
+    slot_layout,
     take,
     take_sums_of_lines,
 )
@@ -99,7 +100,7 @@ def _layer_kernel(
     block, warpgroup = map(lax.axis_index, ("block", "warpgroup"))
 
     @pl.when(warpgroup == 0)
-    def _multiply():
+    def _consume():
         turn = turn_ref[0]
         work = functools.partial(_Work, block, turn, scratch, config)
         o, gate_up, down, projections = (work(job) for job in jobs)
@@ -114,7 +115,7 @@ def _layer_kernel(
         projections.run(step, functools.partial(_store, projected_ref))
 
     @pl.when(warpgroup == 1)
-    def _stream():
+    def _produce():
         step = jnp.int32(0)
         for job in jobs:
             step = stream_share(job, block, step, scratch, config)
@@ -146,9 +147,8 @@ class _Work(NamedTuple):
     def take_normed(self, slots_ref, scale_ref):
         """Takes the stream: the residual, and normalised what is multiplied."""
         D, dtype = scale_ref.shape[0], scale_ref.dtype
-        layout = plgpu.Layout.WG_STRIDED((D,), vec_size=4)
         # On its way while the others are waited for.
-        scale = plgpu.load(scale_ref, layout=layout)
+        scale = plgpu.load(scale_ref, layout=slot_layout(D, dtype))
         (x,) = take(self.turn, [slots_ref], jax.ShapeDtypeStruct((D,), dtype))
         self.scratch.residual[...] = x
         mean_square = jnp.sum(jnp.square(x.astype(jnp.float32))) / D
@@ -208,11 +208,11 @@ class _Work(NamedTuple):
         parts = [scratch.x.at[pl.ds(row + j, ROWS)] for j in range(0, product.rows, ROWS)]
         spread = [_spread(part) for part in parts]
         for tile in range(TILES):
-            slot = lax.rem((start + i) * TILES + tile, jnp.int32(self.config.stages))
+            stage = lax.rem((start + i) * TILES + tile, jnp.int32(self.config.stages))
             acc, x = tile % len(accs), spread[tile % len(spread)]
-            plgpu.barrier_wait(scratch.full.at[slot])
-            accs[acc] = accumulate(accs[acc], x, scratch.ring.at[slot])
-            plgpu.barrier_arrive(scratch.released.at[slot])
+            plgpu.barrier_wait(scratch.full.at[stage])
+            accs[acc] = accumulate(accs[acc], x, scratch.ring.at[stage])
+            plgpu.barrier_arrive(scratch.released.at[stage])
         return tuple(accs)
 
     def _line(self, tile, acc):
@@ -294,12 +294,5 @@ def _copy(source_ref, target_smem):
     size = source_ref.shape[0]
     for start in range(0, size, _AT_ONCE):
         part = pl.ds(start, min(_AT_ONCE, size - start))
-        target_smem[part] = _load(source_ref.at[part])
+        target_smem[part] = load_vector(source_ref.at[part])
     plgpu.commit_smem()
-
-
-def _load(ref):
-    """A vector spread over the threads."""
-    each = ref.shape[0] // THREADS
-    vector = next(n for n in (8, 4, 2, 1) if each % n == 0)
-    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=vector))

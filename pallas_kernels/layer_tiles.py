@@ -101,7 +101,7 @@ def _owner(step, product):
 
 
 def stream_share(job: Job, block: Any, start: Any, scratch: Scratch, config: LayerConfig) -> Any:
-    """Loads a thread block's tiles, each once its slot of the ring is free again.
+    """Loads a thread block's tiles, each once its stage of the ring is free again.
 
     start: the ring's steps so far. Returns those after it."""
     share = share_of(job.product, block)
@@ -125,21 +125,21 @@ def _places(column, step, product):
 
 
 def _load_tile(number, place, job, scratch, config):
-    """Loads the ring's tile of this number, once its slot is free again."""
+    """Loads the ring's tile of this number, once its stage is free again."""
     row, column = place
-    slot = lax.rem(number, jnp.int32(config.stages))
+    stage, earlier = (lax.rem(n, jnp.int32(config.stages)) for n in (number, number - _IN_FLIGHT))
 
     @pl.when(number >= _IN_FLIGHT)
     def _():
-        plgpu.barrier_wait(scratch.full.at[lax.rem(number - _IN_FLIGHT, jnp.int32(config.stages))])
+        plgpu.barrier_wait(scratch.full.at[earlier])
 
     @pl.when(number >= config.stages)
     def _():
-        plgpu.barrier_wait(scratch.released.at[slot])
+        plgpu.barrier_wait(scratch.released.at[stage])
 
     def load(weight, first):
         columns = pl.ds((column - first) * COLUMNS, COLUMNS)
-        tile, full = scratch.ring.at[slot], scratch.full.at[slot]
+        tile, full = scratch.ring.at[stage], scratch.full.at[stage]
         plgpu.copy_gmem_to_smem(weight.at[pl.ds(row, ROWS), columns], tile, full)
 
     if len(job.weights) == 1:

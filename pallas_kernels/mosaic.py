@@ -13,6 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOG2_E = math.log2(math.e)
 # Threads of a warpgroup. Each has the same number of elements of a row that is spread over them.
 THREADS = 128
+# A thread's widest load.
+_VECTOR_BYTES = 16
 
 
 def reduce_tree(combine: Callable, values: list) -> Any:
@@ -21,6 +23,19 @@ def reduce_tree(combine: Callable, values: list) -> Any:
         pairs = [combine(*values[i : i + 2]) for i in range(0, len(values) - 1, 2)]
         values = pairs + values[len(values) & ~1 :]
     return values[0]
+
+
+def vector_layout(size: int, dtype: Any) -> plgpu.Layout:
+    """Spreads so many elements, a multiple of THREADS, over the threads, for loads as wide as
+    can be."""
+    widest = _VECTOR_BYTES // jnp.dtype(dtype).itemsize
+    vector = next(n for n in (8, 4, 2, 1) if n <= widest and size % (n * THREADS) == 0)
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
+
+
+def load_vector(ref: Any) -> Any:
+    """Loads [size], laid out by `vector_layout`."""
+    return plgpu.load(ref, layout=vector_layout(ref.shape[0], ref.dtype))
 
 
 def swizzled(columns: int, itemsize: int) -> tuple:

@@ -7,7 +7,6 @@ reads and squares all of the row: that costs less than to wait for one another's
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecode.pallas_kernels.mosaic import THREADS
-
-# A thread's widest load.
-_VECTOR_BYTES = 16
+from jaxdecode.pallas_kernels.mosaic import THREADS, load_vector, vector_layout
 
 
 def add_and_norm(
@@ -56,12 +52,12 @@ def _norm_kernel(x_ref, delta_ref, scale_ref, total_ref, normed_ref, *, eps: flo
     first = lax.axis_index("part") * width
     places = [pl.ds(first + start, size) for start, size, _ in _pieces(width)]
     whole = [
-        [_load(ref.at[row, pl.ds(start, size)]) for ref in (x_ref, delta_ref)]
+        [load_vector(ref.at[row, pl.ds(start, size)]) for ref in (x_ref, delta_ref)]
         for start, size, _ in _pieces(D)
     ]
     own = [
         [
-            _load(ref)
+            load_vector(ref)
             for ref in (x_ref.at[row, place], delta_ref.at[row, place], scale_ref.at[place])
         ]
         for place in places
@@ -92,14 +88,10 @@ def _sum_of_squares(x, fresh):
     """Of the elements from `fresh` on, in float32."""
     squares = jnp.square(x.astype(jnp.float32))
     if fresh:
-        layout = _layout(x.shape[0], x.dtype)
+        layout = vector_layout(x.shape[0], x.dtype)
         place = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
         squares = jnp.where(place >= fresh, squares, 0.0)
     return jnp.sum(squares)
-
-
-def _load(ref):
-    return plgpu.load(ref, layout=_layout(ref.shape[0], ref.dtype))
 
 
 def _pieces(size: int) -> list[tuple[int, int, int]]:
@@ -110,9 +102,3 @@ def _pieces(size: int) -> list[tuple[int, int, int]]:
     if size > even:
         pieces += [(size - THREADS, THREADS, even - (size - THREADS))]
     return pieces
-
-
-def _layout(size: int, dtype: Any) -> plgpu.Layout:
-    widest = _VECTOR_BYTES // jnp.dtype(dtype).itemsize
-    vector = next(n for n in (8, 4, 2, 1) if n <= widest and size % (n * THREADS) == 0)
-    return plgpu.Layout.WG_STRIDED((size,), vec_size=vector)

@@ -23,7 +23,6 @@ from jaxdecode.pallas_kernels.mosaic import THREADS
 
 # A row of what the tensor cores make: 32 threads each have the same of it.
 ROW = plgpu.Layout.WGMMA.reduce(0)
-
 # One value for each thread of a warpgroup.
 LINE = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 # Lines that are taken together.
@@ -156,7 +155,8 @@ def take_sums_of_lines(
     [THREADS] float32 as LINE.
 
     Args:
-      refs: Refs of the slots of a first line. The others' begin `distance` words after each other.
+      refs: Refs of the slots of a first line. The others' begin `distance` elements after each
+        other.
       count: lines behind each; above 0.
     """
     returned = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=LINE)
