@@ -49,16 +49,25 @@ def run_layers(
     """
     x, normed = blocks[0].attn_norm(x, result, step)
     q, kv = blocks[0].attn.project(normed, step)
+    q, cache = blocks[0].attn.append(q, kv, cache, step)
     slots = fused_layer.new_slots(_weights_between(blocks[0], blocks[1]))
     for turn, (block, following) in enumerate(itertools.pairwise(blocks), 1):
-        attended, cache = block.attn(q, kv, cache, step)
-        weights, eps = _weights_between(block, following), block.mlp_norm.eps
-        row, projected, slots = fused_layer.run(
-            attended.reshape(-1), x.reshape(-1), weights, slots, turn, eps
-        )
+        attended = block.attn.attend(q, cache, step)
+        weights, attention = _weights_between(block, following), following.attn
+        operands = attended.reshape(-1), x.reshape(-1), weights, slots, turn, block.mlp_norm.eps
+        keys, values = cache.keys[attention.layer], cache.values[attention.layer]
+        if fused_layer.can_append(weights, keys):
+            append = fused_layer.Append(
+                step.cos, step.sin, cache.slots(1, step.num_tokens), keys, values
+            )
+            row, q, keys, values, slots = fused_layer.run(*operands, append)
+            cache = cache.with_layer(attention.layer, keys, values)
+        else:
+            row, projected, slots = fused_layer.run(*operands)
+            q, kv = projected[: q.size].reshape(q.shape), projected[q.size :].reshape(kv.shape)
+            q, cache = attention.append(q, kv, cache, step)
         x = row.reshape(x.shape)
-        q, kv = projected[: q.size].reshape(q.shape), projected[q.size :].reshape(kv.shape)
-    attended, cache = blocks[-1].attn(q, kv, cache, step)
+    attended = blocks[-1].attn.attend(q, cache, step)
     return *blocks[-1].finish(x, attended, step), cache
 
 

@@ -90,9 +90,13 @@ class Attention(nnx.Module):
 
     def __call__(self, q: Array, kv: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
         """What `project` returns attends to the cache: [B, T, N * H], before `output`."""
-        q, cache = self._append(q, kv, cache, step)
+        q, cache = self.append(q, kv, cache, step)
+        return self.attend(q, cache, step), cache
+
+    def attend(self, q: Array, cache: KVCache, step: Step) -> Array:
+        """What `append` returns attends to the cache."""
         out = self._attend(q, cache, step)
-        return out.astype(q.dtype).reshape(*out.shape[:2], -1), cache
+        return out.astype(q.dtype).reshape(*out.shape[:2], -1)
 
     def output(self, attended: Array) -> Partial:
         """The output projection."""
@@ -110,7 +114,7 @@ class Attention(nnx.Module):
             q, kv = heads[:, :, :N], heads[:, :, N:].reshape(B, T, 2, K, -1)
         return q, kv
 
-    def _append(self, q: Array, kv: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
+    def append(self, q: Array, kv: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
         """The queries rotated, and the cache with the new tokens."""
         slots = cache.slots(q.shape[1], step.num_tokens, step.sharding.index("S"))
         q, keys, values = rotate_and_append(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdecode.pallas_kernels import flash_decode, norm
+from jaxdecode.pallas_kernels import flash_decode, norm, rope_append
 from jaxdecode.pallas_kernels.kernel_call import with_plain_gradient
 from jaxdecode.pallas_kernels.layer_config import (
     COLUMNS,
@@ -22,6 +22,7 @@ from jaxdecode.pallas_kernels.layer_config import (
     VECTOR,
     layer_config,
 )
+from jaxdecode.pallas_kernels.rope_append import CACHE_DTYPES
 from jaxdecode.pallas_kernels.split_config import NUM_SMS
 
 Array = jax.Array
@@ -88,9 +89,32 @@ def new_slots(weights: LayerWeights) -> Array:
     return jnp.zeros(sum(config.slots), jnp.int32)
 
 
+class Append(NamedTuple):
+    """Where the next layer's keys and values go.
+
+    Attributes:
+      cos, sin: [1, 1, 1, H / 2] float32, of the token's position.
+      slots: [1, 1] int32, as `rope_append.rotate_and_append` takes them.
+      keys, values: [1, S, K, H]; a jitted step that takes them donated writes them in place.
+    """
+
+    cos: Array
+    sin: Array
+    slots: Array
+    keys: Array
+    values: Array
+
+
+def can_append(weights: LayerWeights, keys: Any) -> bool:
+    """Whether `run` may append to a cache like this, and rotate."""
+    H = keys.shape[3]
+    return H == COLUMNS and keys.dtype in CACHE_DTYPES and len(weights.projections) == 2
+
+
 def run(
-    attended: Array, x: Array, weights: LayerWeights, slots: Array, turn: int | Array, eps: float
-) -> tuple[Array, Array, Array]:
+    attended: Array, x: Array, weights: LayerWeights, slots: Array, turn: int | Array, eps: float,
+    append: Append | None = None,
+) -> tuple[Array, ...]:  # fmt: skip
     """One token's way from an attention's result to the next layer's projections.
 
     The kernel rounds where `plain` does, except that it does not round silu(gate), whose
@@ -105,11 +129,13 @@ def run(
       slots: from `new_slots`, or from the call before.
       turn: above 0, and another one in each call that has these slots.
       eps: of the norms.
+      append: if `can_append`, and projections are the weights of queries, and of keys and values.
 
     Returns:
-      (x [D] for the next layer, its projections [P] one after the other, slots).
+      (x [D] for the next layer, its projections [P] one after the other, slots). With `append`:
+      (x, queries [1, 1, N, H] rotated, keys, values, slots).
     """
-    operands = attended, x, weights, slots, jnp.full(1, turn, jnp.int32)
+    operands = attended, x, weights, append, slots, jnp.full(1, turn, jnp.int32)
     leaves, structure = jax.tree.flatten(operands)
 
     def of_leaves(call):
@@ -117,17 +143,17 @@ def run(
 
     kernel, formula = of_leaves(_forward), of_leaves(plain)
     # Decided when it is lowered: a process with a GPU may compile a function for its CPU.
-    x, projected, slots = lax.platform_dependent(
+    return lax.platform_dependent(
         *leaves,
         cuda=lambda *leaves: with_plain_gradient(kernel, formula, leaves),
         default=formula,
     )
-    return x, projected, slots
 
 
 def plain(
-    attended: Array, x: Array, weights: LayerWeights, slots: Array, turn: Array, *, eps: float
-) -> tuple[Array, Array, Array]:
+    attended: Array, x: Array, weights: LayerWeights, append: Append | None, slots: Array,
+    turn: Array, *, eps: float,
+) -> tuple[Array, ...]:  # fmt: skip
     """`run` for any device."""
     del turn
     weights = _matrices(weights)
@@ -135,7 +161,13 @@ def plain(
     gate, up = jnp.split(normed @ weights.gate_up, 2)
     hidden = jax.nn.silu(gate) * up
     x, normed = _add_and_norm(x, hidden @ weights.down, weights.next_scale, eps)
-    return x, jnp.concatenate([normed @ weight for weight in weights.projections]), slots
+    projected = jnp.concatenate([normed @ weight for weight in weights.projections])
+    if append is None:
+        return x, projected, slots
+    K, H = append.keys.shape[2:]
+    heads = projected.reshape(1, 1, -1, H)
+    q, kv = heads[:, :, : -2 * K], heads[:, :, -2 * K :].reshape(1, 1, 2, K, H)
+    return x, *rope_append.plainly(q, kv, *append), slots
 
 
 def _add_and_norm(x, delta, scale, eps):
@@ -145,15 +177,26 @@ def _add_and_norm(x, delta, scale, eps):
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.
 @functools.partial(jax.jit, static_argnames="eps")
-def _forward(attended, x, weights, slots, turn, *, eps):
+def _forward(attended, x, weights, append, slots, turn, *, eps):
     from jaxdecode.pallas_kernels import layer_kernel
 
     # Here, for outside of a jit each reshape would be a copy.
     weights = _matrices(weights)
-    slots_ref = jax.new_ref(slots)
-    config = _config(weights, eps)
-    x, projected = layer_kernel.layer(attended, x, weights, turn, slots_ref, config)
-    return x, projected, jax.freeze(slots_ref)
+    slots_ref, config = jax.new_ref(slots), _config(weights, eps)
+    run = functools.partial(layer_kernel.layer, attended, x, weights, turn, slots_ref)
+    if append is None:
+        return *run(None, config), jax.freeze(slots_ref)
+    cos, sin = append.cos.reshape(-1), append.sin.reshape(-1)
+    keys, values = (jax.new_ref(cache) for cache in (append.keys, append.values))
+    x, q = run(
+        layer_kernel.Append(
+            jnp.concatenate([cos, cos]), jnp.concatenate([-sin, sin]), append.slots.reshape(1),
+            keys, values,
+        ),
+        config,
+    )  # fmt: skip
+    q = q.reshape(1, 1, -1, append.keys.shape[3])
+    return x, q, jax.freeze(keys), jax.freeze(values), jax.freeze(slots_ref)
 
 
 def _matrices(weights):

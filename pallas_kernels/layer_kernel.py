@@ -56,9 +56,26 @@ _FILLED = 64
 _AT_ONCE = 8192
 
 
+class Append(NamedTuple):
+    """What the next layer does with its projections before its attention.
+
+    Attributes:
+      cos, sin: [H] float32, what each element of a head is multiplied by, and what the one half a
+        head away that is added to it.
+      slot: int32 [1], of the cache; one that it does not have is not written.
+      keys, values: Refs of [1, S, K, H].
+    """
+
+    cos: Any
+    sin: Any
+    slot: Any
+    keys: Any
+    values: Any
+
+
 def layer(
     attended: jax.Array, x: jax.Array, weights: Any, turn: jax.Array, slots: Any,
-    config: LayerConfig,
+    append: Append | None, config: LayerConfig,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Runs the kernel.
 
@@ -68,10 +85,16 @@ def layer(
       turn: int32 [1], above 0, another one in each launch that has these slots.
       slots: Ref of int32 [sum(config.slots)], zero before the first launch.
 
+      append: where the next layer's keys and values go, if its projections are queries, and keys
+        and values of heads of COLUMNS columns.
+
     Returns:
-      x [D] for the next layer, and its projections, one after the other.
+      x [D] for the next layer, and its projections, one after the other; with `append` only its
+      queries, rotated.
     """
-    dtype, projected = x.dtype, config.products[-1].columns * COLUMNS
+    dtype = x.dtype
+    projected = config.next_columns[0] if append else config.products[-1].columns
+    projected = projected * COLUMNS
     new_x, projected = plgpu.kernel(
         functools.partial(_layer_kernel, config=config),
         out_type=[jax.ShapeDtypeStruct(x.shape, dtype), jax.ShapeDtypeStruct((projected,), dtype)],
@@ -82,12 +105,13 @@ def layer(
         scratch_types=allocate(dtype, config),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="decoder_layer",
-    )(attended, x, turn, *weights[:5], *weights.projections, slots)
+    )(attended, x, turn, append, *weights[:5], *weights.projections, slots)
     return new_x, projected
 
 
 def _layer_kernel(
-    attended_ref, x_ref, turn_ref, o_ref, gate_up_ref, down_ref, mlp_scale_ref, next_scale_ref,
+    attended_ref, x_ref, turn_ref, append, o_ref, gate_up_ref, down_ref, mlp_scale_ref,
+    next_scale_ref,
     *refs, config: LayerConfig,
 ):  # fmt: skip
     """One thread block's share of the products."""
@@ -102,6 +126,9 @@ def _layer_kernel(
     @pl.when(warpgroup == 0)
     def _consume():
         turn = turn_ref[0]
+        finish = functools.partial(_store, projected_ref)
+        if append is not None:
+            finish = functools.partial(_rotate_and_append, _loaded(append), projected_ref)
         work = functools.partial(_Work, block, turn, scratch, config)
         o, gate_up, down, projections = (work(job) for job in jobs)
         _copy(attended_ref, scratch.x)
@@ -112,7 +139,7 @@ def _layer_kernel(
         down.take_vector(hidden)
         step = down.run(step, functools.partial(_add_to_residual, following, new_x_ref))
         projections.take_normed(following, next_scale_ref)
-        projections.run(step, functools.partial(_store, projected_ref))
+        projections.run(step, finish)
 
     @pl.when(warpgroup == 1)
     def _produce():
@@ -217,7 +244,7 @@ class _Work(NamedTuple):
 
     def _line(self, tile, acc):
         """A row of acc, a value for each thread."""
-        sums = self.scratch.sums.at[tile]
+        sums = self.scratch.sums.at[pl.ds(tile * COLUMNS, COLUMNS)]
         sums[...] = any_row(acc)
         plgpu.commit_smem()
         return plgpu.load(sums, layout=LINE)
@@ -288,6 +315,41 @@ def _store(target_ref, work, column, sums):
     """Stores the sums."""
     del work
     target_ref[pl.ds(column * COLUMNS, COLUMNS)] = sums[0].astype(target_ref.dtype)
+
+
+def _loaded(append):
+    """All but the caches in registers."""
+    cos, sin = (plgpu.load(ref, layout=LINE) for ref in (append.cos, append.sin))
+    return append._replace(cos=cos, sin=sin, slot=append.slot[0])
+
+
+def _rotate_and_append(append, q_ref, work, column, sums):
+    """Stores a head: rotated, or in the cache, or both."""
+    dtype, H = q_ref.dtype, COLUMNS
+    _, S, K, _ = append.keys.shape
+    num_q_heads = q_ref.shape[0] // H
+    x = sums[0].astype(dtype).astype(jnp.float32)
+    # Twice, so that the other half of the head stands behind and before each.
+    for i in range(2):
+        work.scratch.sums[pl.ds(i * H, H)] = x
+    plgpu.commit_smem()
+    other = plgpu.load(work.scratch.sums.at[pl.ds(H // 2, H)], layout=LINE)
+    rotated = (x * append.cos + other * append.sin).astype(dtype)
+    fits = (append.slot >= 0) & (append.slot < S)
+    head = column - num_q_heads
+
+    @pl.when(head < 0)
+    def _():
+        q_ref[pl.ds(column * H, H)] = rotated
+
+    @pl.when((head >= 0) & (head < K) & fits)
+    def _():
+        append.keys[0, append.slot, head] = rotated.astype(append.keys.dtype)
+
+    @pl.when((head >= K) & fits)
+    def _():
+        value = x.astype(dtype).astype(append.values.dtype)
+        append.values[0, append.slot, head - K] = value
 
 
 def _copy(source_ref, target_smem):

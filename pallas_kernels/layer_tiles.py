@@ -81,7 +81,7 @@ def allocate(dtype: Any, config: LayerConfig) -> Scratch:
         ring=plgpu.SMEM((config.stages, ROWS, COLUMNS), dtype, transforms=tiled),
         x=plgpu.SMEM((config.widest,), dtype),
         residual=plgpu.SMEM((config.width,), dtype),
-        sums=plgpu.SMEM((TILES, COLUMNS), jnp.float32),
+        sums=plgpu.SMEM((TILES * COLUMNS,), jnp.float32),
         full=barriers,
         released=barriers,
     )
