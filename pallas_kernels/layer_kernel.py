@@ -93,7 +93,7 @@ def layer(
       queries, rotated.
     """
     dtype = x.dtype
-    projected = config.next_columns[0] if append else config.products[-1].columns
+    projected = config.next_blocks[0] if append else config.products[-1].columns
     projected = projected * COLUMNS
     new_x, projected = plgpu.kernel(
         functools.partial(_layer_kernel, config=config),
@@ -180,7 +180,6 @@ class _Work(NamedTuple):
         self.scratch.residual[...] = x
         mean_square = jnp.sum(jnp.square(x.astype(jnp.float32))) / D
         self.scratch.x[pl.ds(0, D)] = normalised(x, mean_square, scale, self.config.eps)
-        plgpu.commit_smem()
 
     def take_vector(self, slots_ref):
         """Takes what the thread block multiplies of a vector."""
@@ -198,7 +197,6 @@ class _Work(NamedTuple):
             return ()
 
         lax.fori_loop(0, lax.div(end - first + (size - 1), jnp.int32(size)), piece, ())
-        plgpu.commit_smem()
 
     def _rows(self):
         """The rows of the matrix that the thread block's steps are in, first <= row < end."""
@@ -246,7 +244,6 @@ class _Work(NamedTuple):
         """A row of acc, a value for each thread."""
         sums = self.scratch.sums.at[pl.ds(tile * COLUMNS, COLUMNS)]
         sums[...] = any_row(acc)
-        plgpu.commit_smem()
         return plgpu.load(sums, layout=LINE)
 
     def _finish(self, column, sums, target):
@@ -332,7 +329,6 @@ def _rotate_and_append(append, q_ref, work, column, sums):
     # Twice, so that the other half of the head stands behind and before each.
     for i in range(2):
         work.scratch.sums[pl.ds(i * H, H)] = x
-    plgpu.commit_smem()
     other = plgpu.load(work.scratch.sums.at[pl.ds(H // 2, H)], layout=LINE)
     rotated = (x * append.cos + other * append.sin).astype(dtype)
     fits = (append.slot >= 0) & (append.slot < S)
@@ -357,4 +353,3 @@ def _copy(source_ref, target_smem):
     for start in range(0, size, _AT_ONCE):
         part = pl.ds(start, min(_AT_ONCE, size - start))
         target_smem[part] = load_vector(source_ref.at[part])
-    plgpu.commit_smem()
