@@ -54,6 +54,9 @@ from jaxdecode.pallas_kernels.slots import (
 _FILLED = 64
 # Elements of a vector that a thread block moves at a time: its threads hold them in registers.
 _AT_ONCE = 8192
+# Elements of a vector that are taken when they are needed. Those that other thread blocks finish
+# last are needed first by few.
+_PIECE = 2048
 
 
 class Append(NamedTuple):
@@ -136,8 +139,7 @@ def _layer_kernel(
         step = o.run(jnp.int32(0), functools.partial(_add_to_residual, middle, None))
         gate_up.take_normed(middle, mlp_scale_ref)
         step = gate_up.run(step, functools.partial(_gate, hidden))
-        down.take_vector(hidden)
-        step = down.run(step, functools.partial(_add_to_residual, following, new_x_ref))
+        step = down.run(step, functools.partial(_add_to_residual, following, new_x_ref), hidden)
         projections.take_normed(following, next_scale_ref)
         projections.run(step, finish)
 
@@ -181,42 +183,16 @@ class _Work(NamedTuple):
         mean_square = jnp.sum(jnp.square(x.astype(jnp.float32))) / D
         self.scratch.x[pl.ds(0, D)] = normalised(x, mean_square, scale, self.config.eps)
 
-    def take_vector(self, slots_ref):
-        """Takes what the thread block multiplies of a vector."""
-        product, dtype = self.job.product, self.scratch.x.dtype
-        size = min(_AT_ONCE, product.depth // VECTOR * VECTOR)
-        first, end = self._rows()
-
-        def piece(i, _):
-            # The last one may begin in the one before it.
-            start = jnp.minimum(first + i * size, product.depth - size)
-            # A word of slots holds a value of 16 bits.
-            slots = slots_ref.at[pl.ds(start, size)]
-            (values,) = take(self.turn, [slots], jax.ShapeDtypeStruct((size,), dtype))
-            self.scratch.x[pl.ds(start, size)] = values
-            return ()
-
-        lax.fori_loop(0, lax.div(end - first + (size - 1), jnp.int32(size)), piece, ())
-
-    def _rows(self):
-        """The rows of the matrix that the thread block's steps are in, first <= row < end."""
-        product, share = self.job.product, self.share
-        _, step = share.place(0)
-        end = step + share.count
-        is_one = end <= product.steps
-        first = jnp.where(is_one, step, 0)
-        end = jnp.where(is_one, end, product.steps)
-        return first * product.rows, end * product.rows
-
-    def run(self, start, target):
+    def run(self, start, target, slots_ref=None):
         """Multiplies the thread block's tiles, of the ring's steps from `start` on; `target` takes
-        the column blocks that it finishes."""
+        the column blocks that it finishes. The vector is there, or taken from slots, each piece
+        when it is needed."""
         product, share = self.job.product, self.share
 
         def column_block(begin):
             column, step = share.place(begin)
             end = jnp.minimum(begin + (product.steps - step), share.count)
-            tile = functools.partial(self._multiply, start, step - begin)
+            tile = functools.partial(self._multiply, start, step - begin, slots_ref)
             zeros = jnp.zeros((_FILLED, COLUMNS), jnp.float32)
             zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
             accs = lax.fori_loop(begin, end, tile, (zeros,) * (TILES if product.gated else 1))
@@ -226,10 +202,12 @@ class _Work(NamedTuple):
         lax.while_loop(lambda begin: begin < share.count, column_block, jnp.int32(0))
         return start + share.count
 
-    def _multiply(self, start, step_of_first, i, accs):
+    def _multiply(self, start, step_of_first, slots_ref, i, accs):
         """The sums with those of the i-th step."""
         product, scratch, accs = self.job.product, self.scratch, list(accs)
         row = (step_of_first + i) * product.rows
+        if slots_ref is not None:
+            self._take_piece(slots_ref, i, row)
         parts = [scratch.x.at[pl.ds(row + j, ROWS)] for j in range(0, product.rows, ROWS)]
         spread = [_spread(part) for part in parts]
         for tile in range(TILES):
@@ -239,6 +217,21 @@ class _Work(NamedTuple):
             accs[acc] = accumulate(accs[acc], x, scratch.ring.at[stage])
             plgpu.barrier_arrive(scratch.released.at[stage])
         return tuple(accs)
+
+    def _take_piece(self, slots_ref, i, row):
+        """Takes the piece of the vector that begins with a row, or holds the first one. After as
+        many steps as a column block has, all that is multiplied is there."""
+        product, dtype = self.job.product, self.scratch.x.dtype
+        size = min(_PIECE, product.depth // VECTOR * VECTOR)
+
+        @pl.when((i < product.steps) & ((i == 0) | (lax.rem(row, jnp.int32(size)) == 0)))
+        def _():
+            # The last one may begin in the one before it.
+            start = jnp.minimum(lax.div(row, jnp.int32(size)) * size, product.depth - size)
+            # A word of slots holds a value of 16 bits.
+            slots = slots_ref.at[pl.ds(start, size)]
+            (values,) = take(self.turn, [slots], jax.ShapeDtypeStruct((size,), dtype))
+            self.scratch.x[pl.ds(start, size)] = values
 
     def _line(self, tile, acc):
         """A row of acc, a value for each thread."""
