@@ -87,7 +87,6 @@ def layer(
       weights: `fused_layer.LayerWeights`.
       turn: int32 [1], above 0, another one in each launch that has these slots.
       slots: Ref of int32 [sum(config.slots)], zero before the first launch.
-
       append: where the next layer's keys and values go, if its projections are queries, and keys
         and values of heads of COLUMNS columns.
 
@@ -96,8 +95,7 @@ def layer(
       queries, rotated.
     """
     dtype = x.dtype
-    projected = config.next_blocks[0] if append else config.products[-1].columns
-    projected = projected * COLUMNS
+    projected = COLUMNS * (config.next_blocks[0] if append else sum(config.next_blocks))
     new_x, projected = plgpu.kernel(
         functools.partial(_layer_kernel, config=config),
         out_type=[jax.ShapeDtypeStruct(x.shape, dtype), jax.ShapeDtypeStruct((projected,), dtype)],
