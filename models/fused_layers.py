@@ -1,7 +1,7 @@
-"""The layers of a step of one token on one GPU, with one kernel from each attention to the next.
+"""A step of one token on one GPU, with one kernel from each attention to the next, and from the
+last one to the logits.
 
-The arithmetic is that of the modules in llama.py, which run what is before the first attention and
-behind the last one.
+The arithmetic is that of the modules in llama.py, which run what no kernel does.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.pallas_kernels import fused_layer
+from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 from jaxdecode.pallas_kernels.fused_layer import LayerWeights
 
 if TYPE_CHECKING:
-    from jaxdecode.models.llama import Block, Partial, Step
+    from jaxdecode.models.llama import Block, Llama, Partial, RMSNorm, Step
 
 Array = jax.Array
 
@@ -37,47 +39,84 @@ def why_not(blocks: Sequence[Block], x: Array, step: Step) -> str | None:
 
 
 def run_layers(
-    blocks: Sequence[Block], x: Array, result: Partial, cache: KVCache, step: Step
-) -> tuple[Array, Partial, KVCache]:
-    """All layers, as one after the other would run them.
+    model: Llama, x: Array, result: Partial, cache: KVCache, step: Step
+) -> tuple[Array, KVCache]:
+    """All layers, and what is behind them.
 
     Args:
       x: [1, 1, D], the residual stream. result: what is added to it first.
 
     Returns:
-      (x, what the last layer adds to it, cache).
+      (logits [1, 1, V] float32, cache).
     """
+    blocks, of_logits = model.layers, _weights_up_to_logits(model)
+    between = [_weights_between(*pair) for pair in itertools.pairwise(blocks)]
     x, normed = blocks[0].attn_norm(x, result, step)
     q, kv = blocks[0].attn.project(normed, step)
     q, cache = blocks[0].attn.append(q, kv, cache, step)
-    slots = fused_layer.new_slots(_weights_between(blocks[0], blocks[1]))
-    for turn, (block, following) in enumerate(itertools.pairwise(blocks), 1):
-        attended = block.attn.attend(q, cache, step)
-        weights, attention = _weights_between(block, following), following.attn
-        operands = attended.reshape(-1), x.reshape(-1), weights, slots, turn, block.mlp_norm.eps
-        keys, values = cache.keys[attention.layer], cache.values[attention.layer]
+    kinds = [between[0]] if of_logits is None else [between[0], of_logits]
+    slots = fused_layer.new_slots(_attention(blocks[0], kinds[0], q, cache, step), *kinds)
+    for turn, weights in enumerate(between, 1):
+        block, following = blocks[turn - 1], blocks[turn].attn
+        attention = _attention(block, weights, q, cache, step)
+        operands = attention, x.reshape(-1), weights, slots, turn, block.mlp_norm.eps
+        keys, values = cache.keys[following.layer], cache.values[following.layer]
         if fused_layer.can_append(weights, keys):
             append = fused_layer.Append(
                 step.cos, step.sin, cache.slots(1, step.num_tokens), keys, values
             )
             row, q, keys, values, slots = fused_layer.run(*operands, append)
-            cache = cache.with_layer(attention.layer, keys, values)
+            cache = cache.with_layer(following.layer, keys, values)
         else:
             row, projected, slots = fused_layer.run(*operands)
             q, kv = projected[: q.size].reshape(q.shape), projected[q.size :].reshape(kv.shape)
-            q, cache = attention.append(q, kv, cache, step)
+            q, cache = following.append(q, kv, cache, step)
         x = row.reshape(x.shape)
-    attended = blocks[-1].attn.attend(q, cache, step)
-    return *blocks[-1].finish(x, attended, step), cache
+    if of_logits is None:
+        x, result = blocks[-1].finish(x, blocks[-1].attn.attend(q, cache, step), step)
+        return model.unembed(model.final_norm(x, result, step)[1]), cache
+    attention = _attention(blocks[-1], of_logits, q, cache, step)
+    operands = attention, x.reshape(-1), of_logits, slots, len(blocks), blocks[-1].mlp_norm.eps
+    _, logits, _ = fused_layer.run(*operands, projected_dtype=jnp.float32)
+    return logits.reshape(1, 1, -1), cache
+
+
+def _attention(
+    block: Block, weights: LayerWeights, q: Array, cache: KVCache, step: Step
+) -> Array | fused_layer.Attend:
+    """What a block's heads attend to, if the kernel does that too, or what they find."""
+    keys, values = cache.keys[block.attn.layer], cache.values[block.attn.layer]
+    is_chosen = step.implementation in (None, "flash_decode") and step.num_splits is None
+    if not (is_chosen and fused_layer.can_attend(weights, q, keys)):
+        return block.attn.attend(q, cache, step).reshape(-1)
+    visible = visible_ranges(
+        cache.lengths + step.num_tokens, 1, keys.shape[1], q_start=cache.lengths,
+        window=block.attn.window,
+    )  # fmt: skip
+    return fused_layer.Attend(q, keys, values, *visible)
 
 
 def _weights_between(block: Block, following: Block) -> LayerWeights:
     """Those of a block behind its attention, and of the next one before."""
+    projections = following.attn.q[...], following.attn.kv[...]
+    return _weights(block, following.attn_norm, projections)
+
+
+def _weights_up_to_logits(model: Llama) -> LayerWeights | None:
+    """Those of the last block behind its attention, and of what is behind it; None if the kernel is
+    not for them."""
+    if model.head is None:
+        return None
+    weights = _weights(model.layers[-1], model.final_norm, (model.head[...],))
+    return weights if fused_layer.why_not(weights) is None else None
+
+
+def _weights(block: Block, norm: RMSNorm, projections: tuple[Array, ...]) -> LayerWeights:
     return LayerWeights(
         o=block.attn.o[...],
         gate_up=block.mlp.gate_up[...],
         down=block.mlp.down[...],
         mlp_scale=block.mlp_norm.scale[...],
-        next_scale=following.attn_norm.scale[...],
-        projections=(following.attn.q[...], following.attn.kv[...]),
+        next_scale=norm.scale[...],
+        projections=projections,
     )

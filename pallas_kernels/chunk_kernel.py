@@ -53,6 +53,24 @@ class Scratch(NamedTuple):
     meeting: Any
     finished: Any = None
 
+    def stage(self, i: Any, config: SplitConfig) -> Stage:
+        """Where the ring has the i-th tiles of the thread block."""
+        slot = lax.rem(i, jnp.int32(config.stages))
+        refs = self.k, self.v, self.k_full, self.v_full, self.released
+        *refs, released = (ref.at[slot] for ref in refs)
+        return Stage(*refs, (released,))
+
+
+class Stage(NamedTuple):
+    """A tile of K and one of V in the ring, the barriers that say when they are there, and those
+    that release them."""
+
+    k: Any
+    v: Any
+    k_full: Any
+    v_full: Any
+    released: tuple[Any, ...]
+
 
 class Chunk(NamedTuple):
     """The tiles base + i, begin <= i < end, of a sequence's KV head, for one row block. i counts
@@ -127,6 +145,17 @@ def first_row(row_block, config: SplitConfig) -> tuple[Any, Any]:
     """Token and head of a row block's first row."""
     t_block, g_block = (f(row_block, jnp.int32(config.row_blocks_g)) for f in (lax.div, lax.rem))
     return t_block * config.block_t, g_block * config.block_g
+
+
+def tiles_of_chunk(slots: Slots, c: Any, config: SplitConfig) -> tuple[Any, Any]:
+    """Tiles [first, last) of chunk c: an equal share of those that any of its queries sees.
+
+    So the splits follow the length of the sequence, not the capacity of the cache."""
+    block, num_splits = jnp.int32(config.block_kv), jnp.int32(config.num_splits)
+    begin = lax.div(reduce_tree(jnp.minimum, slots.los), block)
+    end = lax.div(reduce_tree(jnp.maximum, slots.his) + (block - 1), block)
+    tiles = jnp.maximum(end - begin, 0)
+    return begin + lax.div(c * tiles, num_splits), begin + lax.div((c + 1) * tiles, num_splits)
 
 
 def load_q(q_ref, k_ref, chunk: Chunk, scratch: Scratch, config: SplitConfig) -> None:
@@ -206,9 +235,12 @@ def take_q(consumer, scratch: Scratch, config: SplitConfig) -> Any:
 
 
 def attend_tiles(
-    chunk: Chunk, slots: Slots, q, consumer, scratch: Scratch, config: SplitConfig
+    chunk: Chunk, slots: Slots, q, consumer, scratch: Any, config: SplitConfig
 ) -> tuple:
     """Online softmax over a consumer's tiles of the chunk.
+
+    Args:
+      scratch: what has `stage` and, where products are transposed, `p`, as Scratch has them.
 
     Returns (acc [rows, width], top [rows], total [rows]): the weighted sum, the largest logit in
     base 2, and the weights' sum. Of transposed products acc is [width, rows] and total
@@ -231,10 +263,9 @@ def attend_tiles(
     def tile(step, carry):
         acc, top, total = carry
         i = (first + step) * config.consumers + consumer
-        slot = lax.rem(i, jnp.int32(config.stages))
+        k, v, k_full, v_full, released = scratch.stage(i, config)
         start = (chunk.base + i) * block
-        k, v = scratch.k.at[slot], scratch.v.at[slot]
-        plgpu.barrier_wait(scratch.k_full.at[slot])
+        plgpu.barrier_wait(k_full)
         logits = _cap(_product(*((k, q) if config.transposed else (q, k))), config)
         inside = (start >= seen_by_all[0]) & (start + block <= seen_by_all[1])
         logits = lax.cond(inside, lambda x: x, lambda x: mask(x, start), logits)
@@ -244,7 +275,7 @@ def attend_tiles(
         p = jnp.exp2(logits - across(shift, block, config))
         if config.transposed:
             scratch.p.transpose((1, 0))[...] = p.astype(v.dtype)
-        plgpu.barrier_wait(scratch.v_full.at[slot])
+        plgpu.barrier_wait(v_full)
 
         @pl.when((start < seen_by_any[0]) | (start + block > seen_by_any[1]))
         def _():
@@ -255,15 +286,20 @@ def attend_tiles(
         if config.transposed:
             plgpu.commit_smem()
             update = _product(v.transpose((1, 0)), scratch.p)
-            plgpu.barrier_arrive(scratch.released.at[slot])
+            _arrive(released)
             acc = acc * across(rescale, config.width, config) + update
             return acc, new_top, total * across(rescale, block, config) + p
         acc = acc * across(rescale, config.width, config)
         acc = accumulate(acc, p.astype(v.dtype), v)
-        plgpu.barrier_arrive(scratch.released.at[slot])
+        _arrive(released)
         return acc, new_top, total * rescale + p.sum(axis=1)
 
     return lax.fori_loop(0, last - first, tile, _no_sums(config))
+
+
+def _arrive(barriers):
+    for barrier in barriers:
+        plgpu.barrier_arrive(barrier)
 
 
 def _no_sums(config):

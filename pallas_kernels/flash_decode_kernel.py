@@ -29,9 +29,10 @@ from jaxdecode.pallas_kernels.chunk_kernel import (
     load_q,
     load_tiles,
     take_q,
+    tiles_of_chunk,
     visible_slots,
 )
-from jaxdecode.pallas_kernels.mosaic import THREADS, reduce_tree
+from jaxdecode.pallas_kernels.mosaic import THREADS
 from jaxdecode.pallas_kernels.split_config import SplitConfig
 from jaxdecode.pallas_kernels.split_plan import SplitPlan, ToCombine
 from jaxdecode.pallas_kernels.store_kernel import gather, store_finished, store_partial
@@ -117,7 +118,7 @@ def _split_kernel(q_ref, k_ref, v_ref, lo_ref, hi_ref, out_ref, lse_ref, *scratc
     scratch = Scratch(*scratch)
     c, row_block, h, b = map(lax.axis_index, ("split", "row_block", "kv_head", "batch"))
     slots = visible_slots(lo_ref, hi_ref, b, row_block, config)
-    first, last = _tiles_of_chunk(slots, c, config)
+    first, last = tiles_of_chunk(slots, c, config)
     chunk = Chunk(b, h, row_block, first, 0, last - first)
 
     @_consumers(config)
@@ -249,14 +250,3 @@ def _producer(config):
             produce()
 
     return run
-
-
-def _tiles_of_chunk(slots, c, config):
-    """Tiles [first, last) of chunk c: an equal share of those that any of its queries sees.
-
-    So the splits follow the length of the sequence, not the capacity of the cache."""
-    block, num_splits = jnp.int32(config.block_kv), jnp.int32(config.num_splits)
-    begin = lax.div(reduce_tree(jnp.minimum, slots.los), block)
-    end = lax.div(reduce_tree(jnp.maximum, slots.his) + (block - 1), block)
-    tiles = jnp.maximum(end - begin, 0)
-    return begin + lax.div(c * tiles, num_splits), begin + lax.div((c + 1) * tiles, num_splits)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdecode.pallas_kernels import flash_decode, norm, rope_append
+from jaxdecode.pallas_kernels import flash_decode, norm, rope_append, xla
 from jaxdecode.pallas_kernels.kernel_call import with_plain_gradient
 from jaxdecode.pallas_kernels.layer_config import (
     COLUMNS,
@@ -28,6 +28,8 @@ from jaxdecode.pallas_kernels.split_config import NUM_SMS
 Array = jax.Array
 
 DTYPES = flash_decode.DTYPES
+# Query heads that one product attends with. Those of a KV head must all be among them.
+_ROWS = 8
 
 
 class LayerWeights(NamedTuple):
@@ -82,11 +84,39 @@ def why_not_here() -> str | None:
     return None
 
 
-def new_slots(weights: LayerWeights) -> Array:
-    """What `run` calls tell each other's thread blocks things in: int32, for layers of weights of
-    these shapes."""
-    config = _config(jax.eval_shape(_matrices, weights), 0.0)
-    return jnp.zeros(sum(config.slots), jnp.int32)
+class Attend(NamedTuple):
+    """What the heads attend to: the slots lo <= s < hi of a cache.
+
+    Attributes:
+      q: [1, 1, N, H], rotated. keys, values: [1, S, K, H]. lo, hi: [1, 1] int32, hi <= S.
+    """
+
+    q: Array
+    keys: Array
+    values: Array
+    lo: Array
+    hi: Array
+
+
+def can_attend(weights: LayerWeights, q: Any, keys: Any) -> bool:
+    """Whether `run` may attend such queries to a cache like this."""
+    K, H = keys.shape[2:]
+    return (
+        flash_decode.why_not(q, keys) is None
+        and H == COLUMNS
+        and keys.dtype == weights.o.dtype
+        and q.shape[2] % _ROWS == 0
+        and _ROWS % (q.shape[2] // K) == 0
+        and K <= NUM_SMS
+    )
+
+
+def new_slots(attention: Array | Attend, *kinds: LayerWeights) -> Array:
+    """What thread blocks of `run` tell each other things in: int32, for calls with such an
+    attention, or what it found, and weights of any of these kinds."""
+    matrices = [jax.eval_shape(_matrices, weights) for weights in kinds]
+    sizes = [sum(_config(weights, 0.0, attention).slots) for weights in matrices]
+    return jnp.zeros(max(sizes), jnp.int32)
 
 
 class Append(NamedTuple):
@@ -112,10 +142,10 @@ def can_append(weights: LayerWeights, keys: Any) -> bool:
 
 
 def run(
-    attended: Array, x: Array, weights: LayerWeights, slots: Array, turn: int | Array, eps: float,
-    append: Append | None = None,
+    attention: Array | Attend, x: Array, weights: LayerWeights, slots: Array, turn: int | Array,
+    eps: float, append: Append | None = None, projected_dtype: Any = None,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """One token's way from an attention's result to the next layer's projections.
+    """One token's way from an attention, or its result, to the next layer's projections.
 
     The kernel rounds where `plain` does, except that it does not round silu(gate), whose
     exponential is approximate; and it adds up products in another order. The call is for weights
@@ -125,21 +155,24 @@ def run(
     run at the same time, as of two processes under CUDA's MPS, could wait for ever.
 
     Args:
-      attended: [N * H]. x: [D], the residual stream, both in the weights' dtype.
+      attention: [N * H], what the heads found; or, if `can_attend`, what they attend to.
+      x: [D], the residual stream. All in the weights' dtype.
       slots: from `new_slots`, or from the call before.
       turn: above 0, and another one in each call that has these slots.
       eps: of the norms.
       append: if `can_append`, and projections are the weights of queries, and of keys and values.
+      projected_dtype: of projections without `append`, that of the weights when None.
 
     Returns:
       (x [D] for the next layer, its projections [P] one after the other, slots). With `append`:
       (x, queries [1, 1, N, H] rotated, keys, values, slots).
     """
-    operands = attended, x, weights, append, slots, jnp.full(1, turn, jnp.int32)
+    operands = attention, x, weights, append, slots, jnp.full(1, turn, jnp.int32)
     leaves, structure = jax.tree.flatten(operands)
 
     def of_leaves(call):
-        return lambda *leaves: call(*jax.tree.unflatten(structure, leaves), eps=eps)
+        options = {"eps": eps, "projected_dtype": projected_dtype or x.dtype}
+        return lambda *leaves: call(*jax.tree.unflatten(structure, leaves), **options)
 
     kernel, formula = of_leaves(_forward), of_leaves(plain)
     # Decided when it is lowered: a process with a GPU may compile a function for its CPU.
@@ -151,17 +184,19 @@ def run(
 
 
 def plain(
-    attended: Array, x: Array, weights: LayerWeights, append: Append | None, slots: Array,
-    turn: Array, *, eps: float,
+    attention: Array | Attend, x: Array, weights: LayerWeights, append: Append | None,
+    slots: Array, turn: Array, *, eps: float, projected_dtype: Any = None,
 ) -> tuple[Array, ...]:  # fmt: skip
     """`run` for any device."""
     del turn
     weights = _matrices(weights)
+    attended = _attended(attention) if isinstance(attention, Attend) else attention
     x, normed = _add_and_norm(x, attended @ weights.o, weights.mlp_scale, eps)
     gate, up = jnp.split(normed @ weights.gate_up, 2)
     hidden = jax.nn.silu(gate) * up
     x, normed = _add_and_norm(x, hidden @ weights.down, weights.next_scale, eps)
-    projected = jnp.concatenate([normed @ weight for weight in weights.projections])
+    project = functools.partial(jnp.dot, normed, preferred_element_type=projected_dtype)
+    projected = jnp.concatenate([project(weight) for weight in weights.projections])
     if append is None:
         return x, projected, slots
     K, H = append.keys.shape[2:]
@@ -170,22 +205,29 @@ def plain(
     return x, *rope_append.plainly(q, kv, *append), slots
 
 
+def _attended(attend):
+    out, _ = xla.attend(*attend, scale=attend.q.shape[3] ** -0.5)
+    return out.astype(attend.q.dtype).reshape(-1)
+
+
 def _add_and_norm(x, delta, scale, eps):
     rows = norm.plain(x[None, None], delta[None, None], scale, eps=eps)
     return tuple(row[0, 0] for row in rows)
 
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.
-@functools.partial(jax.jit, static_argnames="eps")
-def _forward(attended, x, weights, append, slots, turn, *, eps):
-    from jaxdecode.pallas_kernels import layer_kernel
+@functools.partial(jax.jit, static_argnames=("eps", "projected_dtype"))
+def _forward(attention, x, weights, append, slots, turn, *, eps, projected_dtype):
+    from jaxdecode.pallas_kernels import layer_attention, layer_kernel
 
     # Here, for outside of a jit each reshape would be a copy.
     weights = _matrices(weights)
-    slots_ref, config = jax.new_ref(slots), _config(weights, eps)
-    run = functools.partial(layer_kernel.layer, attended, x, weights, turn, slots_ref)
+    slots_ref, config = jax.new_ref(slots), _config(weights, eps, attention)
+    if isinstance(attention, Attend):
+        attention = layer_attention.Attend(*attention)._replace(q=attention.q[0, 0])
+    run = functools.partial(layer_kernel.layer, attention, x, weights, turn, slots_ref)
     if append is None:
-        return *run(None, config), jax.freeze(slots_ref)
+        return *run(None, projected_dtype, config), jax.freeze(slots_ref)
     cos, sin = append.cos.reshape(-1), append.sin.reshape(-1)
     keys, values = (jax.new_ref(cache) for cache in (append.keys, append.values))
     x, q = run(
@@ -193,6 +235,7 @@ def _forward(attended, x, weights, append, slots, turn, *, eps):
             jnp.concatenate([cos, cos]), jnp.concatenate([-sin, sin]), append.slots.reshape(1),
             keys, values,
         ),
+        x.dtype,
         config,
     )  # fmt: skip
     q = q.reshape(1, 1, -1, append.keys.shape[3])
@@ -208,7 +251,8 @@ def _matrices(weights):
     )
 
 
-def _config(weights, eps):
+def _config(weights, eps, attention=None):
     (NH, D), F = weights.o.shape, weights.down.shape[0]
     next_columns = tuple(weight.shape[1] for weight in weights.projections)
-    return layer_config(D, F, NH, next_columns, eps, NUM_SMS)
+    K = attention.keys.shape[2] if isinstance(attention, Attend) else None
+    return layer_config(D, F, NH, next_columns, eps, NUM_SMS, K)

@@ -9,6 +9,8 @@ import dataclasses
 import itertools
 import math
 
+from jaxdecode.pallas_kernels.split_config import SplitConfig
+
 # Rows and columns of a tile. A row is 256 bytes that follow each other in memory; with 128 the
 # kernel read 3 % more slowly.
 ROWS, COLUMNS = 64, 128
@@ -90,12 +92,14 @@ class LayerConfig:
       next_blocks: column blocks of each weight of the last product.
       eps: of the norms.
       num_blocks: thread blocks, no more than run at the same time.
+      attention: how the kernel attends first; None if it begins with what others attended to.
     """
 
     products: tuple[Product, Product, Product, Product]
     next_blocks: tuple[int, ...]
     eps: float
     num_blocks: int
+    attention: SplitConfig | None = None
 
     @property
     def widest(self) -> int:
@@ -115,10 +119,24 @@ class LayerConfig:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """int32 elements of the slots for what the products make but the last, and then for the
-        parts of each product's shared column blocks."""
-        vectors = [_words(n, _ITEMSIZE) for n in (self.width, self.products[2].depth, self.width)]
-        return *vectors, *(_words(math.prod(parts_shape(product)), 4) for product in self.products)
+        """int32 elements of the slots for what is attended to, chunk by chunk and as a vector; for
+        what the products make but the last; and for the parts of each product's shared column
+        blocks."""
+        chunks = math.prod(self.chunks_shape)
+        attended = self.products[0].depth if chunks else 0
+        vectors = attended, self.width, self.products[2].depth, self.width
+        parts = (math.prod(parts_shape(product)) for product in self.products)
+        return (
+            _words(chunks, 4), *(_words(n, _ITEMSIZE) for n in vectors),
+            *(_words(n, 4) for n in parts),
+        )  # fmt: skip
+
+    @property
+    def chunks_shape(self) -> tuple[int, int, int, int]:
+        """[query heads, chunks, 2, columns] of the heads' results, and of their log-sum-exps."""
+        if self.attention is None:
+            return 0, 0, 0, 0
+        return self.products[0].depth // COLUMNS, self.attention.num_splits or 0, 2, COLUMNS
 
 
 def _words(values: int, itemsize: int) -> int:
@@ -133,9 +151,11 @@ def parts_shape(product: Product) -> tuple[int, int, int]:
 
 
 def layer_config(
-    D: int, F: int, NH: int, next_columns: tuple[int, ...], eps: float, num_blocks: int
-) -> LayerConfig:
-    """Sizes for a layer; next_columns are those of each of the next layer's projections."""
+    D: int, F: int, NH: int, next_columns: tuple[int, ...], eps: float, num_blocks: int,
+    num_kv_heads: int | None = None,
+) -> LayerConfig:  # fmt: skip
+    """Sizes for a layer; next_columns are those of each of the next layer's projections, and
+    num_kv_heads those, of COLUMNS columns, that the kernel attends to, if it does."""
     blocks_of_next = tuple(n // COLUMNS for n in next_columns)
     products = (
         Product(NH, D // COLUMNS, False, num_blocks),
@@ -143,4 +163,24 @@ def layer_config(
         Product(F, D // COLUMNS, False, num_blocks),
         Product(D, sum(blocks_of_next), False, num_blocks),
     )
-    return LayerConfig(products, blocks_of_next, eps, num_blocks)
+    attention = None
+    if num_kv_heads is not None:
+        attention = _attention_config(NH // COLUMNS // num_kv_heads, num_kv_heads, num_blocks)
+    return LayerConfig(products, blocks_of_next, eps, num_blocks, attention)
+
+
+def _attention_config(group: int, num_kv_heads: int, num_blocks: int) -> SplitConfig:
+    """Each KV head is for equally many thread blocks; tiles are those of the weights."""
+    return SplitConfig(
+        num_splits=num_blocks // num_kv_heads,
+        head_dim=COLUMNS,
+        block_kv=ROWS,
+        stages=1,
+        consumers=1,
+        transposed=True,
+        block_t=1,
+        block_g=group,
+        row_blocks_t=1,
+        row_blocks_g=1,
+        scale=COLUMNS**-0.5,
+    )

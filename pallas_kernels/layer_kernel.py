@@ -28,6 +28,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxdecode.pallas_kernels.layer_attention import (
+    Attend,
+    attend_chunk,
+    merge_heads,
+    stream_cache,
+)
 from jaxdecode.pallas_kernels.layer_config import (
     COLUMNS,
     ROWS,
@@ -36,20 +42,28 @@ from jaxdecode.pallas_kernels.layer_config import (
     LayerConfig,
     parts_shape,
 )
-from jaxdecode.pallas_kernels.layer_tiles import Job, Scratch, allocate, share_of, stream_share
+from jaxdecode.pallas_kernels.layer_tiles import (
+    Job,
+    Scratch,
+    allocate,
+    divide,
+    share_of,
+    stream_share,
+)
 from jaxdecode.pallas_kernels.mosaic import LOG2_E, accumulate, load_vector
 from jaxdecode.pallas_kernels.norm_kernel import normalised, rounded_sum
 from jaxdecode.pallas_kernels.slots import (
     LINE,
-    MOST_LINES,
     ROW,
     any_row,
     put_line,
     slot_layout,
     take,
-    take_sums_of_lines,
+    take_lines,
 )
 
+# Parts of a column block that are taken together.
+_MOST_PARTS = 8
 # Rows that the tensor cores' instruction has; one would do.
 _FILLED = 64
 # Elements of a vector that a thread block moves at a time: its threads hold them in registers.
@@ -77,18 +91,20 @@ class Append(NamedTuple):
 
 
 def layer(
-    attended: jax.Array, x: jax.Array, weights: Any, turn: jax.Array, slots: Any,
-    append: Append | None, config: LayerConfig,
+    attention: jax.Array | Attend, x: jax.Array, weights: Any, turn: jax.Array, slots: Any,
+    append: Append | None, projected_dtype: Any, config: LayerConfig,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Runs the kernel.
 
     Args:
-      attended: [N * H], the heads' results. x: [D], the residual stream.
+      attention: [N * H], the heads' results, or how they come about: as `config` has it.
+      x: [D], the residual stream.
       weights: `fused_layer.LayerWeights`.
       turn: int32 [1], above 0, another one in each launch that has these slots.
       slots: Ref of int32 [sum(config.slots)], zero before the first launch.
       append: where the next layer's keys and values go, if its projections are queries, and keys
         and values of heads of COLUMNS columns.
+      projected_dtype: of the projections.
 
     Returns:
       x [D] for the next layer, and its projections, one after the other; with `append` only its
@@ -98,7 +114,10 @@ def layer(
     projected = COLUMNS * (config.next_blocks[0] if append else sum(config.next_blocks))
     new_x, projected = plgpu.kernel(
         functools.partial(_layer_kernel, config=config),
-        out_type=[jax.ShapeDtypeStruct(x.shape, dtype), jax.ShapeDtypeStruct((projected,), dtype)],
+        out_type=[
+            jax.ShapeDtypeStruct(x.shape, dtype),
+            jax.ShapeDtypeStruct((projected,), projected_dtype),
+        ],
         grid=(config.num_blocks,),
         grid_names=("block",),
         num_threads=2,
@@ -106,20 +125,20 @@ def layer(
         scratch_types=allocate(dtype, config),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="decoder_layer",
-    )(attended, x, turn, append, *weights[:5], *weights.projections, slots)
+    )(attention, x, turn, append, *weights[:5], *weights.projections, slots)
     return new_x, projected
 
 
 def _layer_kernel(
-    attended_ref, x_ref, turn_ref, append, o_ref, gate_up_ref, down_ref, mlp_scale_ref,
+    attention, x_ref, turn_ref, append, o_ref, gate_up_ref, down_ref, mlp_scale_ref,
     next_scale_ref,
     *refs, config: LayerConfig,
 ):  # fmt: skip
     """One thread block's share of the products."""
     count = len(config.next_blocks)
     next_refs, (slots_ref, new_x_ref, projected_ref, *scratch) = refs[:count], refs[count:]
-    scratch = Scratch(*scratch)
-    middle, hidden, following, *parts = _areas(slots_ref, config)
+    scratch = divide(Scratch(*scratch), config)
+    chunks, attended, middle, hidden, following, *parts = _areas(slots_ref, config)
     weights = ((o_ref,), (gate_up_ref,), (down_ref,), next_refs)
     jobs = [Job(*each) for each in zip(config.products, weights, parts, strict=True)]
     block, warpgroup = map(lax.axis_index, ("block", "warpgroup"))
@@ -132,18 +151,25 @@ def _layer_kernel(
             finish = functools.partial(_rotate_and_append, _loaded(append), projected_ref)
         work = functools.partial(_Work, block, turn, scratch, config)
         o, gate_up, down, projections = (work(job) for job in jobs)
-        _copy(attended_ref, scratch.x)
-        _copy(x_ref, scratch.residual)
-        step = o.run(jnp.int32(0), functools.partial(_add_to_residual, middle, None))
+        step = jnp.int32(0)
+        if config.attention is None:
+            _copy(attention, scratch.x)
+        else:
+            step = attend_chunk(attention, block, turn, chunks, scratch, config)
+            merge_heads(block, turn, chunks, attended, x_ref.dtype, config)
+        step = o.run(step, functools.partial(_add_to_residual, middle, None), attended, x_ref)
         gate_up.take_normed(middle, mlp_scale_ref)
         step = gate_up.run(step, functools.partial(_gate, hidden))
-        step = down.run(step, functools.partial(_add_to_residual, following, new_x_ref), hidden)
+        add = functools.partial(_add_to_residual, following, new_x_ref)
+        step = down.run(step, add, hidden, scratch.residual)
         projections.take_normed(following, next_scale_ref)
         projections.run(step, finish)
 
     @pl.when(warpgroup == 1)
     def _produce():
         step = jnp.int32(0)
+        if config.attention is not None:
+            step = stream_cache(attention, block, scratch, config)
         for job in jobs:
             step = stream_share(job, block, step, scratch, config)
 
@@ -181,20 +207,25 @@ class _Work(NamedTuple):
         mean_square = jnp.sum(jnp.square(x.astype(jnp.float32))) / D
         self.scratch.x[pl.ds(0, D)] = normalised(x, mean_square, scale, self.config.eps)
 
-    def run(self, start, target, slots_ref=None):
+    def run(self, start, target, slots_ref=None, residual_ref=None):
         """Multiplies the thread block's tiles, of the ring's steps from `start` on; `target` takes
-        the column blocks that it finishes. The vector is there, or taken from slots, each piece
-        when it is needed."""
+        the column blocks that it finishes, with the residual stream's. The vector is there, or
+        taken from slots, each piece when it is needed."""
         product, share = self.job.product, self.share
 
         def column_block(begin):
             column, step = share.place(begin)
             end = jnp.minimum(begin + (product.steps - step), share.count)
+            finish = functools.partial(target, self, column)
+            if residual_ref is not None:
+                # On its way while tiles are multiplied.
+                residual = residual_ref.at[pl.ds(column * COLUMNS, COLUMNS)]
+                finish = functools.partial(finish, plgpu.load(residual, layout=LINE))
             tile = functools.partial(self._multiply, start, step - begin, slots_ref)
             zeros = jnp.zeros((_FILLED, COLUMNS), jnp.float32)
             zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
             accs = lax.fori_loop(begin, end, tile, (zeros,) * (TILES if product.gated else 1))
-            self._finish(column, [self._line(i, acc) for i, acc in enumerate(accs)], target)
+            self._finish(column, [self._line(i, acc) for i, acc in enumerate(accs)], finish)
             return end
 
         lax.while_loop(lambda begin: begin < share.count, column_block, jnp.int32(0))
@@ -237,9 +268,9 @@ class _Work(NamedTuple):
         sums[...] = any_row(acc)
         return plgpu.load(sums, layout=LINE)
 
-    def _finish(self, column, sums, target):
-        """Hands a column block to `target`, or a part of one to the thread block that does."""
-        product, finish = self.job.product, functools.partial(target, self, column)
+    def _finish(self, column, sums, finish):
+        """Finishes a column block, or hands a part of one to the thread block that does."""
+        product = self.job.product
         if self.job.parts is None:
             finish(sums)
             return
@@ -251,11 +282,11 @@ class _Work(NamedTuple):
         @pl.when(is_alone | (self.block == first))
         def _():
             def add(i, sums):
-                count = jnp.minimum(others - i * MOST_LINES, MOST_LINES)
-                parts = self._take_parts(i * MOST_LINES, count, len(sums), shared)
+                count = jnp.minimum(others - i * _MOST_PARTS, _MOST_PARTS)
+                parts = self._take_parts(i * _MOST_PARTS, count, len(sums), shared)
                 return tuple(x + y for x, y in zip(sums, parts, strict=True))
 
-            trips = lax.div(others + (MOST_LINES - 1), jnp.int32(MOST_LINES))
+            trips = lax.div(others + (_MOST_PARTS - 1), jnp.int32(_MOST_PARTS))
             finish(lax.fori_loop(0, trips, add, tuple(sums)))
 
         @pl.when(jnp.logical_not(is_alone) & (self.block > first))
@@ -266,7 +297,9 @@ class _Work(NamedTuple):
     def _take_parts(self, first, count, tiles, column):
         _, _, columns = parts_shape(self.job.product)
         refs = [self._part(first, tile, column) for tile in range(tiles)]
-        return take_sums_of_lines(self.turn, refs, count, distance=2 * tiles * columns)
+        fills, distance = [0.0] * tiles, 2 * tiles * columns
+        parts = take_lines(self.turn, refs, fills, _MOST_PARTS, count, distance)
+        return [sum(lines) for lines in parts]
 
     def _part(self, part, tile, column):
         """The slots of one part of a tile's columns: of each of their sums two words."""
@@ -281,11 +314,10 @@ def _spread(x_ref):
     return lax.broadcast_in_dim(values, (_FILLED, values.shape[0]), (1,))
 
 
-def _add_to_residual(slots_ref, new_x_ref, work, column, sums):
+def _add_to_residual(slots_ref, new_x_ref, work, column, residual, sums):
     """Tells the residual stream with the sums added to it."""
     columns = pl.ds(column * COLUMNS, COLUMNS)
-    x = plgpu.load(work.scratch.residual.at[columns], layout=LINE)
-    total = rounded_sum(x, sums[0].astype(x.dtype))
+    total = rounded_sum(residual, sums[0].astype(residual.dtype))
     put_line(total, work.turn, slots_ref.at[columns])
     if new_x_ref is not None:
         new_x_ref[columns] = total

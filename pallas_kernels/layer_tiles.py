@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ class Scratch(NamedTuple):
     """Shared memory of a thread block, and the barriers that say when it is full or free again.
 
     x: what is multiplied. residual: the stream that results are added to. sums: of a column block,
-    on their way from the threads that have them to all."""
+    on their way from the threads that have them to all. heads: what attention needs, if there is
+    one, in the memory of x."""
 
     ring: Any
     x: Any
@@ -32,6 +34,16 @@ class Scratch(NamedTuple):
     sums: Any
     full: Any
     released: Any
+    q_full: Any = None
+    heads: Any = None
+
+
+class Heads(NamedTuple):
+    """Query heads of a KV head, the softmax weights of a tile, and the heads' results."""
+
+    q: Any
+    p: Any
+    out: Any
 
 
 class Job(NamedTuple):
@@ -77,14 +89,32 @@ def allocate(dtype: Any, config: LayerConfig) -> Scratch:
     """The types of a thread block's scratch memory."""
     barriers = plgpu.Barrier(num_barriers=config.stages)
     tiled = swizzled(COLUMNS, dtype.itemsize)
+    x = plgpu.SMEM((config.widest,), dtype)
+    if config.attention is not None:
+        rows = config.attention.rows
+        heads = Heads(
+            q=plgpu.SMEM((rows, COLUMNS), dtype, transforms=tiled),
+            p=plgpu.SMEM((rows, ROWS), dtype, transforms=tiled),
+            out=plgpu.SMEM((rows, COLUMNS), jnp.float32),
+        )
+        x = plgpu.RefUnion(x, heads)
     return Scratch(
         ring=plgpu.SMEM((config.stages, ROWS, COLUMNS), dtype, transforms=tiled),
-        x=plgpu.SMEM((config.widest,), dtype),
+        x=x,
         residual=plgpu.SMEM((config.width,), dtype),
         sums=plgpu.SMEM((TILES * COLUMNS,), jnp.float32),
         full=barriers,
         released=barriers,
+        q_full=None if config.attention is None else plgpu.Barrier(),
     )
+
+
+def divide(scratch: Scratch, config: LayerConfig) -> Scratch:
+    """The scratch memory, where attention has its own."""
+    if config.attention is None:
+        return scratch
+    x, heads = scratch.x
+    return scratch._replace(x=x, heads=heads)
 
 
 def share_of(product: Product, block: Any) -> Share:
@@ -109,7 +139,8 @@ def stream_share(job: Job, block: Any, start: Any, scratch: Scratch, config: Lay
     def load(i, _):
         column, step = share.place(i)
         for tile, place in enumerate(_places(column, step, job.product)):
-            _load_tile((start + i) * TILES + tile, place, job, scratch, config)
+            load = functools.partial(_load_weights, place, job, config)
+            load_tile((start + i) * TILES + tile, load, scratch, config)
         return ()
 
     lax.fori_loop(0, share.count, load, ())
@@ -124,9 +155,8 @@ def _places(column, step, product):
     return [(row + tile * ROWS, column) for tile in range(TILES)]
 
 
-def _load_tile(number, place, job, scratch, config):
-    """Loads the ring's tile of this number, once its stage is free again."""
-    row, column = place
+def load_tile(number: Any, load: Callable, scratch: Scratch, config: LayerConfig) -> None:
+    """Calls load(tile, barrier) for the ring's tile of this number, once its stage is free."""
     stage, earlier = (lax.rem(n, jnp.int32(config.stages)) for n in (number, number - _IN_FLIGHT))
 
     @pl.when(number >= _IN_FLIGHT)
@@ -137,9 +167,14 @@ def _load_tile(number, place, job, scratch, config):
     def _():
         plgpu.barrier_wait(scratch.released.at[stage])
 
+    load(scratch.ring.at[stage], scratch.full.at[stage])
+
+
+def _load_weights(place, job, config, tile, full):
+    row, column = place
+
     def load(weight, first):
         columns = pl.ds((column - first) * COLUMNS, COLUMNS)
-        tile, full = scratch.ring.at[stage], scratch.full.at[stage]
         plgpu.copy_gmem_to_smem(weight.at[pl.ds(row, ROWS), columns], tile, full)
 
     if len(job.weights) == 1:

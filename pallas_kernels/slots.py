@@ -25,8 +25,6 @@ from jaxdecode.pallas_kernels.mosaic import THREADS
 ROW = plgpu.Layout.WGMMA.reduce(0)
 # One value for each thread of a warpgroup.
 LINE = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
-# Lines that are taken together.
-MOST_LINES = 8
 # Of values, in one slot.
 _SLOT_BYTES = 8
 # Slots that a thread polls together: each costs four registers.
@@ -148,16 +146,19 @@ def put_line(x: jax.Array, turn: jax.Array, ref: Any) -> None:
     store(x, turn, ref)
 
 
-def take_sums_of_lines(
-    turn: jax.Array, refs: list[Any], count: jax.Array, distance: int
-) -> list[jax.Array]:
-    """Waits for the turn's slots of up to MOST_LINES lines behind each ref; their sums, each
-    [THREADS] float32 as LINE.
+def take_lines(
+    turn: jax.Array, refs: list[Any], fills: list[float], most: int, count: Any, distance: int
+) -> list[list[jax.Array]]:
+    """Waits for the turn's slots of up to `most` lines behind each ref.
 
     Args:
       refs: Refs of the slots of a first line. The others' begin `distance` elements after each
         other.
+      fills: for each ref, what is in its lines from `count` on.
       count: lines behind each; above 0.
+
+    Returns:
+      For each ref `most` lines, each [THREADS] float32 as LINE.
     """
     returned = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=LINE)
 
@@ -165,39 +166,35 @@ def take_sums_of_lines(
         arg_types=(
             plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT, *[plgpu.RefType() for _ in refs]
         ),
-        return_type=[returned for _ in refs],
+        return_type=[returned for _ in range(len(refs) * most)],
     )  # fmt: skip
     def load(context, turn, count, *refs):
         del context
         count, thread = count.registers.item(), _thread()
-        numbers = [mgpu.c(i, _i32()) for i in range(MOST_LINES)]
+        numbers = [mgpu.c(i, _i32()) for i in range(most)]
+        # In place of lines that there are not, the last one is waited for.
         last = arith.subi(count, mgpu.c(1, _i32()))
-        # In place of lines that there are not, the last one, without weight.
         offsets = [
             arith.muli(arith.minui(number, last), mgpu.c(distance, _i32())) for number in numbers
         ]
-        weighs = [arith.cmpi(arith.CmpIPredicate.ult, number, count) for number in numbers]
         places = [
             utils.getelementptr(_word(ref, thread), [offset], _i32())
             for ref in refs
             for offset in offsets
         ]
         words = _poll_words(places, turn.registers.item())
-        return [
-            _line(words[first : first + MOST_LINES], weighs)
-            for first in range(0, len(words), MOST_LINES)
-        ]
+        is_there = [arith.cmpi(arith.CmpIPredicate.ult, number, count) for number in numbers]
+        return [_line(is_there[i % most], word, fills[i // most]) for i, word in enumerate(words)]
 
-    return load(turn, count, *refs)
+    lines = load(turn, count, *refs)
+    return [lines[i : i + most] for i in range(0, len(lines), most)]
 
 
-def _line(words, weighs):
-    """The sum of those words that weigh something, as this thread's value of a line."""
+def _line(is_there, word, fill):
+    """A word as this thread's value of a line."""
     f32 = ir.F32Type.get()
-    total = zero = mgpu.c(0.0, f32)
-    for word, weigh in zip(words, weighs, strict=True):
-        total = arith.addf(total, arith.select(weigh, arith.bitcast(f32, word), zero))
-    registers = np.array([vector.from_elements(ir.VectorType.get((1,), f32), [total])], object)
+    value = arith.select(is_there, arith.bitcast(f32, word), mgpu.c(fill, f32))
+    registers = np.array([vector.from_elements(ir.VectorType.get((1,), f32), [value])], object)
     return mgpu.FragmentedArray(_registers=registers, _layout=LINE.to_mgpu(), _is_signed=None)
 
 

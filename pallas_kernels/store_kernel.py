@@ -63,7 +63,7 @@ def _merged(sums, scratch, config):
 
 def store_partial(sums: tuple, out_ref, lse_ref, scratch: Scratch, config: SplitConfig) -> None:
     """Starts to store the chunk's result and its log-sum-exp, in float32 and base 2."""
-    out, lse = _normalised(sums, config)
+    out, lse = normalised(sums, config)
     scratch.lse[...] = lse
     rows = pl.ds(0, config.rows)
     for column in _stage(out, scratch.out, config):
@@ -89,7 +89,7 @@ def store_finished(
     if sinks_ref is not None:
         first_head = chunk.h * G + g0
         sums = _with_sinks(sums, _sinks_of_rows(sinks_ref, first_head, config), config)
-    out, lse = _normalised(sums, config)
+    out, lse = normalised(sums, config)
     scratch.lse[...] = lse * (1 / LOG2_E)
     # Mosaic transposes without bank conflicts only to tiles of 8 rows, which stores must not cut.
     optimized = not config.transposed or heads % 8 == 0
@@ -133,7 +133,7 @@ def _with_sinks(sums, sinks, config):
     )
 
 
-def _normalised(sums, config):
+def normalised(sums: tuple, config: SplitConfig) -> tuple:
     """The chunk's result, 0 where it has no keys, and its log-sum-exp in base 2, -inf there."""
     acc, top, total = sums
     empty = total == 0.0

@@ -42,7 +42,7 @@ def append_to(weights, slot: int, dtype=None, seed: int = 0) -> Append:
 
 def appended(attended, x, weights, append):
     """x, queries, keys and values."""
-    slots = fused_layer.new_slots(weights)
+    slots = fused_layer.new_slots(attended, weights)
     return fused_layer.run(attended, x, weights, slots, 1, EPS, append)[:4]
 
 

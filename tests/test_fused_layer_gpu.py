@@ -47,7 +47,7 @@ def run(attended, x, weights, slots, turn):
 def start(weights):
     """The slots before the first turn."""
     assert fused_layer.why_not(weights) is None
-    return fused_layer.new_slots(weights)
+    return fused_layer.new_slots(jnp.zeros(0), weights)
 
 
 def reference(attended, x, weights):
