@@ -16,6 +16,7 @@ from jaxdecode.checkpoint import load
 from jaxdecode.cli import runtime
 from jaxdecode.errors import DeviceError
 from jaxdecode.generation import generate
+from jaxdecode.pallas_kernels import fused_layer
 from jaxdecode.sampling import SamplingParams
 
 # Devices and the compilation cache
@@ -235,6 +236,7 @@ def test_doctor(cli, cache_home):
     assert f"jax: {jax.__version__}\n" in out
     assert "device: cpu 0: cpu" in out
     assert "attention: xla: " in out
+    assert "layers: not fused: the kernels need an NVIDIA Hopper GPU, and JAX runs on cpu\n" in out
     assert "collectives: xla: the kernels need NVIDIA Hopper GPUs" in out
     assert "mesh: data=1, tensor=8, seq=1 (--mesh auto, for the same model)\n" in out
     assert f"compiled programs: {path} (not made yet)" in out
@@ -243,3 +245,16 @@ def test_doctor(cli, cache_home):
     out = cli("doctor", "--device", "gpu")[1]
     assert "(mode 0770, 0 B; not used: " in out
     assert "devices: none (--device gpu: JAX finds none" in out
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "words"),
+    [
+        (None, "fused: a step of one token on one GPU goes from one attention to the next in one"),
+        ("the kernel needs 132 multiprocessors", "not fused: the kernel needs 132 multiprocessors"),
+    ],
+)
+def test_doctor_says_whether_layers_are_fused(cli, cache_home, monkeypatch, obstacle, words):
+    monkeypatch.setattr(fused_layer, "why_not_here", lambda: obstacle)
+    (line,) = (line for line in cli("doctor")[1].splitlines() if line.startswith("layers: "))
+    assert line.startswith(f"layers: {words}")

@@ -63,7 +63,7 @@ def _directory(path: Path) -> str:
 
 
 def _device_lines(chosen: jax.Device) -> list[str]:
-    """The devices, and the attention of a decode step of an 8B model on the chosen one."""
+    """The devices, and how a decode step of an 8B model would run on the chosen one."""
     import jax
 
     from jaxdecode.bench import choose_attention
@@ -76,9 +76,22 @@ def _device_lines(chosen: jax.Device) -> list[str]:
     for dtype in ("bfloat16", "float32"):
         choice = choose_attention(config, dtype, "auto")
         lines.append(f"attention: {choice} (a decode step in {dtype}, {heads})")
+    lines.append(f"layers: {_layers()}")
     lines.append(f"{_auto_mesh(config, len(devices))} (--mesh auto, for the same model)")
     lines.append(f"collectives: {_collectives(devices)}")
     return lines
+
+
+def _layers() -> str:
+    """Whether one kernel can do what is between two attentions, and if not, why."""
+    from jaxdecode.pallas_kernels import fused_layer
+
+    if (obstacle := fused_layer.why_not_here()) is not None:
+        return f"not fused: {obstacle}"
+    return (
+        "fused: a step of one token on one GPU goes from one attention to the next in one kernel, "
+        f"with weights in {' or '.join(fused_layer.DTYPES)} whose sizes fit it"
+    )
 
 
 def _auto_mesh(config: LlamaConfig, num_devices: int) -> str:
