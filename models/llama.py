@@ -249,7 +249,7 @@ class Llama(nnx.Module):
             for block in self.layers:
                 x, result, cache = block(x, result, cache, step)
         _, x = self.final_norm(x, result, step)
-        if last:
+        if last and x.shape[1] > 1:
             x = jnp.take_along_axis(x, jnp.maximum(num_tokens - 1, 0)[:, None, None], axis=1)
         return self._logits(x), cache.advance(num_tokens)
 
