@@ -141,7 +141,10 @@ def decode(
       implementation, num_splits: of attention, see `jaxdecode.decode_attention`.
     """
 
+    V = state.logits.shape[1]
     mailboxes = static.merge(leaves).open_mailboxes((state.cache.batch_size, 1))
+    # Looked up in the loop, for there a comparison with each id would be a kernel of its own.
+    ends = jnp.zeros(V, bool).at[stop_ids].set(True, mode="drop", wrap_negative_indices=False)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, DecodedTokens]:
         # Merged inside the step: modules made outside belong to another trace level.
@@ -149,7 +152,6 @@ def decode(
         active = state.remaining > 0
         token = sample(state.logits, state.seen, state.cache.lengths, sampling)
         made = _describe(state.logits, token, active, num_logprobs, static.sharding)
-        stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
         logits, cache = model(
             token[:, None], state.cache, num_tokens=active.astype(jnp.int32), logits="last",
             implementation=implementation, num_splits=num_splits, mailboxes=mailboxes,
@@ -159,8 +161,9 @@ def decode(
         state = DecodeState(
             cache=cache,
             logits=jnp.where(active[:, None], logits, state.logits),
-            seen=_mark(state.seen, token[:, None], active[:, None]),
-            remaining=jnp.where(active & ~stopped, state.remaining - 1, 0),
+            # In a loop on a GPU, a scatter of one token is three kernels.
+            seen=state.seen | jax.nn.one_hot(made.tokens, V, dtype=bool),
+            remaining=jnp.where(active & ~ends[token], state.remaining - 1, 0),
         )
         return state, made
 
