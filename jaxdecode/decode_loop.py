@@ -51,7 +51,7 @@ class DecodedTokens:
     Attributes:
       tokens: [n, B] int32, -1 where the sequence had stopped.
       finite: [n, B] bool, whether the logits that the token was drawn from were all finite.
-      logprobs: [n, B] float32 of the token, before penalties and temperature.
+      logprobs: [n, B] float32 of the token, before penalties and temperature; NaN where not finite.
       top_tokens, top_logprobs: [n, B, k], the k likeliest.
     """
 
@@ -141,15 +141,18 @@ def decode(
       implementation, num_splits: of attention, see `jaxdecode.decode_attention`.
     """
 
+    V = state.logits.shape[1]
     mailboxes = static.merge(leaves).open_mailboxes((state.cache.batch_size, 1))
+    # Looked up in the loop, for there a comparison with each id would be a kernel of its own.
+    ends = jnp.zeros(V, bool).at[stop_ids].set(True, mode="drop", wrap_negative_indices=False)
 
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, DecodedTokens]:
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
         # Merged inside the step: modules made outside belong to another trace level.
         model = static.merge(leaves)
         active = state.remaining > 0
         token = sample(state.logits, state.seen, state.cache.lengths, sampling)
-        made = _describe(state.logits, token, active, num_logprobs, static.sharding)
-        stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
+        made = jnp.where(active, token, -1)
+        described = _describe(state.logits, token, made, num_logprobs, static.sharding)
         logits, cache = model(
             token[:, None], state.cache, num_tokens=active.astype(jnp.int32), logits="last",
             implementation=implementation, num_splits=num_splits, mailboxes=mailboxes,
@@ -159,14 +162,15 @@ def decode(
         state = DecodeState(
             cache=cache,
             logits=jnp.where(active[:, None], logits, state.logits),
-            seen=_mark(state.seen, token[:, None], active[:, None]),
-            remaining=jnp.where(active & ~stopped, state.remaining - 1, 0),
+            # In a loop on a GPU, a scatter of one token is three kernels.
+            seen=state.seen | jax.nn.one_hot(made, V, dtype=bool),
+            remaining=jnp.where(active & ~ends[token], state.remaining - 1, 0),
         )
-        return state, made
+        return state, described
 
-    state, made = jax.lax.scan(step, state, None, length=num_steps)
+    state, described = jax.lax.scan(step, state, None, length=num_steps)
     # Whole in every process, for the host to read.
-    return state, jax.tree.map(lambda x: static.sharding.constrain(x, ""), made)
+    return state, _decoded_tokens(static.sharding.constrain(described, ""))
 
 
 def _mark(seen: Array, tokens: Array, real: Array) -> Array:
@@ -177,19 +181,33 @@ def _mark(seen: Array, tokens: Array, real: Array) -> Array:
 
 
 def _describe(
-    logits: Array, token: Array, active: Array, num_logprobs: int, sharding: Sharding
-) -> DecodedTokens:
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    logits: Array, token: Array, made: Array, num_logprobs: int, sharding: Sharding
+) -> Array:
+    """[B, 2, 1 + k] int32: the token made and the k likeliest, and the bits of their logprobs. In
+    one array, for each that the loop fills is a kernel more."""
+    # A logit that is not finite makes all of them NaN, so that nothing else need look for it.
+    normalizer = jax.nn.logsumexp(
+        jnp.where(jnp.isfinite(logits), logits, jnp.nan), axis=-1, keepdims=True
+    )
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
     likeliest = partial(jax.lax.top_k, k=min(num_logprobs, logits.shape[-1]))
     if sharding.mesh is not None:  # XLA would gather all rows: it does not cut this operation
         rows = sharding.spec("BD")
         likeliest = jax.shard_map(likeliest, mesh=sharding.mesh, in_specs=rows, out_specs=rows)
     top_logits, top_tokens = likeliest(logits)
+    tokens = jnp.concatenate([made[:, None], top_tokens], axis=-1)
+    logprobs = jnp.concatenate([chosen, top_logits], axis=-1) - normalizer
+    return jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=1)
+
+
+def _decoded_tokens(described: Array) -> DecodedTokens:
+    """From what `_describe` made of each step, [n, B, 2, 1 + k]."""
+    tokens, bits = described[:, :, 0], described[:, :, 1]
+    logprobs = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return DecodedTokens(
-        tokens=jnp.where(active, token, -1),
-        finite=jnp.isfinite(logits).all(axis=-1),
-        logprobs=chosen - normalizer,
-        top_tokens=top_tokens,
-        top_logprobs=top_logits - normalizer[:, None],
+        tokens=tokens[:, :, 0],
+        finite=~jnp.isnan(logprobs[:, :, 0]),
+        logprobs=logprobs[:, :, 0],
+        top_tokens=tokens[:, :, 1:],
+        top_logprobs=logprobs[:, :, 1:],
     )

@@ -100,5 +100,9 @@ def _forward(q, kv, cos, sin, slots, keys, values):
     whole = jnp.concatenate([q.reshape(rows), kv.reshape(rows)], axis=-1)
     heads = whole.reshape(B, T, -1, H)
     keys_ref, values_ref = (jax.new_ref(vary_over_none(x)) for x in (keys, values))
+    # For whole heads, as in fused_layer, so that XLA makes them once for both.
+    cos, sin = cos.reshape(rows), sin.reshape(rows)
+    pairs = [cos, cos], [-sin, sin]
+    cos, sin = (jnp.concatenate(pair, axis=-1).reshape(B, T, H) for pair in pairs)
     q = rope_append_kernel.rotate_and_append(heads, cos, sin, slots, keys_ref, values_ref)
     return q, jax.freeze(keys_ref), jax.freeze(values_ref)

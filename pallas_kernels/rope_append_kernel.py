@@ -29,6 +29,7 @@ def rotate_and_append(
 
     Args:
       projected: [B, T, N + 2 K, H], heads of queries, keys and values.
+      cos, sin: [B, T, H] float32, cos and cos, and -sin and sin, of the tokens' positions.
       keys_ref, values_ref: the caches. They and the others are as in `rope_append`.
     """
     B, T, heads, H = projected.shape
@@ -55,8 +56,8 @@ def _kernel(projected_ref, cos_ref, sin_ref, slots_ref, keys_ref, values_ref, q_
     layout = _layout(heads, H // 2)
     slot = slots_ref[b, t]
     cos, sin = (
-        _for_all(plgpu.load(ref.at[b, t, 0], layout=layout.reduce(0), optimized=False), layout)
-        for ref in (cos_ref, sin_ref)
+        _for_all(plgpu.load(ref.at[b, t, half], layout=layout.reduce(0), optimized=False), layout)
+        for ref, half in zip((cos_ref, sin_ref), halves, strict=True)
     )
 
     def load(first):
