@@ -242,7 +242,7 @@ class Llama(nnx.Module):
         cos, sin = rope_table(self.config, positions)
         step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, mailboxes)
         result = self._embed(tokens)
-        x = 0 * result.x  # made with it, where plain zeros would be one more kernel on a GPU
+        x = jnp.zeros_like(result.x)
         if fused_layers.why_not(self.layers, x, step) is None:
             logits, cache = fused_layers.run_layers(self, x, result, cache, step)
             return logits, cache.advance(num_tokens)
