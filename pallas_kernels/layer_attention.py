@@ -27,7 +27,7 @@ from jaxdecode.pallas_kernels.chunk_kernel import (
     tiles_of_chunk,
 )
 from jaxdecode.pallas_kernels.layer_config import COLUMNS, ROWS, TILES, LayerConfig
-from jaxdecode.pallas_kernels.layer_tiles import Scratch, load_tile
+from jaxdecode.pallas_kernels.layer_tiles import MOST_IN_FLIGHT, Loaded, Scratch, load_tile
 from jaxdecode.pallas_kernels.mosaic import THREADS, reduce_tree, store_in_shared
 from jaxdecode.pallas_kernels.slots import LINE, put_line, take_lines
 from jaxdecode.pallas_kernels.store_kernel import gather, normalised
@@ -72,8 +72,10 @@ class _Ring(NamedTuple):
         return Stage(*tiles, *full, tuple(released))
 
 
-def stream_cache(attend: Attend, block: Any, scratch: Scratch, config: LayerConfig) -> Any:
-    """Loads a thread block's queries, and its chunk's tiles of K and V. Returns their steps."""
+def stream_cache(
+    attend: Attend, block: Any, so_far: Loaded, scratch: Scratch, config: LayerConfig
+) -> Loaded:
+    """Loads a thread block's queries, and its chunk's tiles of K and V."""
     chunk, _ = _chunk(attend, block, config)
     rows = config.attention.rows
     # Tiles of shared memory are filled from where a multiple of their rows begins.
@@ -81,15 +83,15 @@ def stream_cache(attend: Attend, block: Any, scratch: Scratch, config: LayerConf
     heads = pl.ds(pl.multiple_of(start, rows), rows)
     plgpu.copy_gmem_to_smem(attend.q.at[heads], scratch.heads.q, scratch.q_full)
 
-    def load(i, _):
+    def load(i, landed):
         place = 0, pl.ds((chunk.base + i) * ROWS, ROWS), chunk.h
         for j, cache in enumerate((attend.keys, attend.values)):
             copy = functools.partial(plgpu.copy_gmem_to_smem, cache.at[place])
-            load_tile(i * TILES + j, copy, scratch, config)
-        return ()
+            landed = load_tile(i * TILES + j, landed, MOST_IN_FLIGHT, copy, scratch, config)
+        return landed
 
-    lax.fori_loop(0, chunk.end, load, ())
-    return chunk.end
+    landed = lax.fori_loop(0, chunk.end, load, so_far.landed)
+    return Loaded(chunk.end, landed)
 
 
 def attend_chunk(

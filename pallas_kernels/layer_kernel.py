@@ -44,6 +44,7 @@ from jaxdecode.pallas_kernels.layer_config import (
 )
 from jaxdecode.pallas_kernels.layer_tiles import (
     Job,
+    Loaded,
     Scratch,
     allocate,
     divide,
@@ -167,11 +168,11 @@ def _layer_kernel(
 
     @pl.when(warpgroup == 1)
     def _produce():
-        step = jnp.int32(0)
+        so_far = Loaded(jnp.int32(0), jnp.int32(0))
         if config.attention is not None:
-            step = stream_cache(attention, block, scratch, config)
+            so_far = stream_cache(attention, block, so_far, scratch, config)
         for job in jobs:
-            step = stream_share(job, block, step, scratch, config)
+            so_far = stream_share(job, block, so_far, scratch, config)
 
 
 def _areas(slots_ref, config):

@@ -18,7 +18,8 @@ from jaxdecode.pallas_kernels.mosaic import swizzled
 
 # Tiles that a thread block has asked for and not got, at most. That many keep memory busy. More
 # would only queue up, and whatever is asked for meanwhile would have to wait behind them.
-_IN_FLIGHT = 4
+MOST_IN_FLIGHT = 4
+_MOST_WAITING = 2
 
 
 class Scratch(NamedTuple):
@@ -44,6 +45,13 @@ class Heads(NamedTuple):
     q: Any
     p: Any
     out: Any
+
+
+class Loaded(NamedTuple):
+    """The ring's steps that have been asked for, and how many of their tiles are known to be there."""
+
+    steps: Any
+    landed: Any
 
 
 class Job(NamedTuple):
@@ -130,21 +138,24 @@ def _owner(step, product):
     return lax.div((step + 1) * product.sharers - 1, jnp.int32(total))
 
 
-def stream_share(job: Job, block: Any, start: Any, scratch: Scratch, config: LayerConfig) -> Any:
-    """Loads a thread block's tiles, each once its stage of the ring is free again.
-
-    start: the ring's steps so far. Returns those after it."""
+def stream_share(
+    job: Job, block: Any, so_far: Loaded, scratch: Scratch, config: LayerConfig
+) -> Loaded:
+    """Loads a thread block's tiles, each once its stage of the ring is free again."""
     share = share_of(job.product, block)
 
-    def load(i, _):
+    def load(i, landed):
         column, step = share.place(i)
+        # Those that fill the ring will have to wait there for the vector.
+        most = jnp.where(i * TILES < config.stages, _MOST_WAITING, MOST_IN_FLIGHT)
         for tile, place in enumerate(_places(column, step, job.product)):
             load = functools.partial(_load_weights, place, job, config)
-            load_tile((start + i) * TILES + tile, load, scratch, config)
-        return ()
+            number = (so_far.steps + i) * TILES + tile
+            landed = load_tile(number, landed, most, load, scratch, config)
+        return landed
 
-    lax.fori_loop(0, share.count, load, ())
-    return start + share.count
+    landed = lax.fori_loop(0, share.count, load, so_far.landed)
+    return Loaded(so_far.steps + share.count, landed)
 
 
 def _places(column, step, product):
@@ -155,19 +166,27 @@ def _places(column, step, product):
     return [(row + tile * ROWS, column) for tile in range(TILES)]
 
 
-def load_tile(number: Any, load: Callable, scratch: Scratch, config: LayerConfig) -> None:
-    """Calls load(tile, barrier) for the ring's tile of this number, once its stage is free."""
-    stage, earlier = (lax.rem(n, jnp.int32(config.stages)) for n in (number, number - _IN_FLIGHT))
+def load_tile(
+    number: Any, landed: Any, most: Any, load: Callable, scratch: Scratch, config: LayerConfig
+) -> Any:
+    """Calls load(tile, barrier) for the ring's tile of this number, once its stage is free.
 
-    @pl.when(number >= _IN_FLIGHT)
-    def _():
-        plgpu.barrier_wait(scratch.full.at[earlier])
+    landed: tiles that are known to be there. Returns those after this, all but `most`."""
+    stages = jnp.int32(config.stages)
+    stage, enough = lax.rem(number, stages), jnp.maximum(number - (most - 1), landed)
+
+    def wait(earlier, _):
+        plgpu.barrier_wait(scratch.full.at[lax.rem(earlier, stages)])
+        return ()
+
+    lax.fori_loop(landed, enough, wait, ())
 
     @pl.when(number >= config.stages)
     def _():
         plgpu.barrier_wait(scratch.released.at[stage])
 
     load(scratch.ring.at[stage], scratch.full.at[stage])
+    return enough
 
 
 def _load_weights(place, job, config, tile, full):
