@@ -1,7 +1,7 @@
-"""A step of one token on one GPU, with one kernel from each attention to the next, and from the
-last one to the logits.
+"""The layers of a step of one token on one GPU, with one kernel from each attention to the next.
 
-The arithmetic is that of the modules in llama.py, which run what no kernel does.
+The arithmetic is that of the modules in llama.py, which run what is before the first attention and
+behind the last one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.pallas_kernels import fused_layer
@@ -19,7 +18,7 @@ from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 from jaxdecode.pallas_kernels.fused_layer import LayerWeights
 
 if TYPE_CHECKING:
-    from jaxdecode.models.llama import Block, Llama, Partial, RMSNorm, Step
+    from jaxdecode.models.llama import Block, Partial, Step
 
 Array = jax.Array
 
@@ -39,23 +38,21 @@ def why_not(blocks: Sequence[Block], x: Array, step: Step) -> str | None:
 
 
 def run_layers(
-    model: Llama, x: Array, result: Partial, cache: KVCache, step: Step
-) -> tuple[Array, KVCache]:
-    """All layers, and what is behind them.
+    blocks: Sequence[Block], x: Array, result: Partial, cache: KVCache, step: Step
+) -> tuple[Array, Partial, KVCache]:
+    """All layers, as one after the other would run them.
 
     Args:
       x: [1, 1, D], the residual stream. result: what is added to it first.
 
     Returns:
-      (logits [1, 1, V] float32, cache).
+      (x, what the last layer adds to it, cache).
     """
-    blocks, of_logits = model.layers, _weights_up_to_logits(model)
     between = [_weights_between(*pair) for pair in itertools.pairwise(blocks)]
     x, normed = blocks[0].attn_norm(x, result, step)
     q, kv = blocks[0].attn.project(normed, step)
     q, cache = blocks[0].attn.append(q, kv, cache, step)
-    kinds = [between[0]] if of_logits is None else [between[0], of_logits]
-    slots = fused_layer.new_slots(_attention(blocks[0], kinds[0], q, cache, step), *kinds)
+    slots = fused_layer.new_slots(_attention(blocks[0], between[0], q, cache, step), between[0])
     for turn, weights in enumerate(between, 1):
         block, following = blocks[turn - 1], blocks[turn].attn
         attention = _attention(block, weights, q, cache, step)
@@ -72,13 +69,8 @@ def run_layers(
             q, kv = projected[: q.size].reshape(q.shape), projected[q.size :].reshape(kv.shape)
             q, cache = following.append(q, kv, cache, step)
         x = row.reshape(x.shape)
-    if of_logits is None:
-        x, result = blocks[-1].finish(x, blocks[-1].attn.attend(q, cache, step), step)
-        return model.unembed(model.final_norm(x, result, step)[1]), cache
-    attention = _attention(blocks[-1], of_logits, q, cache, step)
-    operands = attention, x.reshape(-1), of_logits, slots, len(blocks), blocks[-1].mlp_norm.eps
-    _, logits, _ = fused_layer.run(*operands, projected_dtype=jnp.float32)
-    return logits.reshape(1, 1, -1), cache
+    attended = blocks[-1].attn.attend(q, cache, step)
+    return *blocks[-1].finish(x, attended, step), cache
 
 
 def _attention(
@@ -98,25 +90,11 @@ def _attention(
 
 def _weights_between(block: Block, following: Block) -> LayerWeights:
     """Those of a block behind its attention, and of the next one before."""
-    projections = following.attn.q[...], following.attn.kv[...]
-    return _weights(block, following.attn_norm, projections)
-
-
-def _weights_up_to_logits(model: Llama) -> LayerWeights | None:
-    """Those of the last block behind its attention, and of what is behind it; None if the kernel is
-    not for them."""
-    if model.head is None:
-        return None
-    weights = _weights(model.layers[-1], model.final_norm, (model.head[...],))
-    return weights if fused_layer.why_not(weights) is None else None
-
-
-def _weights(block: Block, norm: RMSNorm, projections: tuple[Array, ...]) -> LayerWeights:
     return LayerWeights(
         o=block.attn.o[...],
         gate_up=block.mlp.gate_up[...],
         down=block.mlp.down[...],
         mlp_scale=block.mlp_norm.scale[...],
-        next_scale=norm.scale[...],
-        projections=projections,
+        next_scale=following.attn_norm.scale[...],
+        projections=(following.attn.q[...], following.attn.kv[...]),
     )

@@ -244,14 +244,14 @@ class Llama(nnx.Module):
         result = self._embed(tokens)
         x = jnp.zeros_like(result.x)
         if fused_layers.why_not(self.layers, x, step) is None:
-            logits, cache = fused_layers.run_layers(self, x, result, cache, step)
-            return logits, cache.advance(num_tokens)
-        for block in self.layers:
-            x, result, cache = block(x, result, cache, step)
+            x, result, cache = fused_layers.run_layers(self.layers, x, result, cache, step)
+        else:
+            for block in self.layers:
+                x, result, cache = block(x, result, cache, step)
         _, x = self.final_norm(x, result, step)
         if last and x.shape[1] > 1:
             x = jnp.take_along_axis(x, jnp.maximum(num_tokens - 1, 0)[:, None, None], axis=1)
-        return self.unembed(x), cache.advance(num_tokens)
+        return self._logits(x), cache.advance(num_tokens)
 
     def _embed(self, tokens: Array) -> Partial:
         table = self.embed[...]
@@ -262,8 +262,7 @@ class Llama(nnx.Module):
         found = table.at[row].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         return Partial(found, "V")
 
-    def unembed(self, x: Array) -> Array:
-        """The logits [B, T, V] float32 of x [B, T, D] behind the last norm."""
+    def _logits(self, x: Array) -> Array:
         if self.head is None:
             return jnp.einsum("btd,vd->btv", x, self.embed[...], preferred_element_type=jnp.float32)
         return jnp.einsum("btd,dv->btv", x, self.head[...], preferred_element_type=jnp.float32)

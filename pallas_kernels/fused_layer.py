@@ -111,12 +111,11 @@ def can_attend(weights: LayerWeights, q: Any, keys: Any) -> bool:
     )
 
 
-def new_slots(attention: Array | Attend, *kinds: LayerWeights) -> Array:
-    """What thread blocks of `run` tell each other things in: int32, for calls with such an
-    attention, or what it found, and weights of any of these kinds."""
-    matrices = [jax.eval_shape(_matrices, weights) for weights in kinds]
-    sizes = [sum(_config(weights, 0.0, attention).slots) for weights in matrices]
-    return jnp.zeros(max(sizes), jnp.int32)
+def new_slots(attention: Array | Attend, weights: LayerWeights) -> Array:
+    """What thread blocks of `run` tell each other things in: int32, for layers of weights of these
+    shapes that begin with such an attention, or with what it found."""
+    config = _config(jax.eval_shape(_matrices, weights), 0.0, attention)
+    return jnp.zeros(sum(config.slots), jnp.int32)
 
 
 class Append(NamedTuple):
@@ -143,7 +142,7 @@ def can_append(weights: LayerWeights, keys: Any) -> bool:
 
 def run(
     attention: Array | Attend, x: Array, weights: LayerWeights, slots: Array, turn: int | Array,
-    eps: float, append: Append | None = None, projected_dtype: Any = None,
+    eps: float, append: Append | None = None,
 ) -> tuple[Array, ...]:  # fmt: skip
     """One token's way from an attention, or its result, to the next layer's projections.
 
@@ -161,7 +160,6 @@ def run(
       turn: above 0, and another one in each call that has these slots.
       eps: of the norms.
       append: if `can_append`, and projections are the weights of queries, and of keys and values.
-      projected_dtype: of projections without `append`, that of the weights when None.
 
     Returns:
       (x [D] for the next layer, its projections [P] one after the other, slots). With `append`:
@@ -171,8 +169,7 @@ def run(
     leaves, structure = jax.tree.flatten(operands)
 
     def of_leaves(call):
-        options = {"eps": eps, "projected_dtype": projected_dtype or x.dtype}
-        return lambda *leaves: call(*jax.tree.unflatten(structure, leaves), **options)
+        return lambda *leaves: call(*jax.tree.unflatten(structure, leaves), eps=eps)
 
     kernel, formula = of_leaves(_forward), of_leaves(plain)
     # Decided when it is lowered: a process with a GPU may compile a function for its CPU.
@@ -185,7 +182,7 @@ def run(
 
 def plain(
     attention: Array | Attend, x: Array, weights: LayerWeights, append: Append | None,
-    slots: Array, turn: Array, *, eps: float, projected_dtype: Any = None,
+    slots: Array, turn: Array, *, eps: float,
 ) -> tuple[Array, ...]:  # fmt: skip
     """`run` for any device."""
     del turn
@@ -195,8 +192,7 @@ def plain(
     gate, up = jnp.split(normed @ weights.gate_up, 2)
     hidden = jax.nn.silu(gate) * up
     x, normed = _add_and_norm(x, hidden @ weights.down, weights.next_scale, eps)
-    project = functools.partial(jnp.dot, normed, preferred_element_type=projected_dtype)
-    projected = jnp.concatenate([project(weight) for weight in weights.projections])
+    projected = jnp.concatenate([normed @ weight for weight in weights.projections])
     if append is None:
         return x, projected, slots
     K, H = append.keys.shape[2:]
@@ -216,8 +212,8 @@ def _add_and_norm(x, delta, scale, eps):
 
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering.
-@functools.partial(jax.jit, static_argnames=("eps", "projected_dtype"))
-def _forward(attention, x, weights, append, slots, turn, *, eps, projected_dtype):
+@functools.partial(jax.jit, static_argnames="eps")
+def _forward(attention, x, weights, append, slots, turn, *, eps):
     from jaxdecode.pallas_kernels import layer_attention, layer_kernel
 
     # Here, for outside of a jit each reshape would be a copy.
@@ -227,7 +223,7 @@ def _forward(attention, x, weights, append, slots, turn, *, eps, projected_dtype
         attention = layer_attention.Attend(*attention)._replace(q=attention.q[0, 0])
     run = functools.partial(layer_kernel.layer, attention, x, weights, turn, slots_ref)
     if append is None:
-        return *run(None, projected_dtype, config), jax.freeze(slots_ref)
+        return *run(None, config), jax.freeze(slots_ref)
     cos, sin = append.cos.reshape(-1), append.sin.reshape(-1)
     keys, values = (jax.new_ref(cache) for cache in (append.keys, append.values))
     x, q = run(
@@ -235,7 +231,6 @@ def _forward(attention, x, weights, append, slots, turn, *, eps, projected_dtype
             jnp.concatenate([cos, cos]), jnp.concatenate([-sin, sin]), append.slots.reshape(1),
             keys, values,
         ),
-        x.dtype,
         config,
     )  # fmt: skip
     q = q.reshape(1, 1, -1, append.keys.shape[3])

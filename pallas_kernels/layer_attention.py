@@ -33,7 +33,7 @@ from jaxdecode.pallas_kernels.slots import LINE, put_line, take_lines
 from jaxdecode.pallas_kernels.store_kernel import gather, normalised
 
 # Chunks of a query head that are taken together.
-_MOST_CHUNKS = 16
+_MOST_CHUNKS = 8
 
 
 class Attend(NamedTuple):

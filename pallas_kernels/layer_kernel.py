@@ -93,7 +93,7 @@ class Append(NamedTuple):
 
 def layer(
     attention: jax.Array | Attend, x: jax.Array, weights: Any, turn: jax.Array, slots: Any,
-    append: Append | None, projected_dtype: Any, config: LayerConfig,
+    append: Append | None, config: LayerConfig,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Runs the kernel.
 
@@ -105,7 +105,6 @@ def layer(
       slots: Ref of int32 [sum(config.slots)], zero before the first launch.
       append: where the next layer's keys and values go, if its projections are queries, and keys
         and values of heads of COLUMNS columns.
-      projected_dtype: of the projections.
 
     Returns:
       x [D] for the next layer, and its projections, one after the other; with `append` only its
@@ -115,10 +114,7 @@ def layer(
     projected = COLUMNS * (config.next_blocks[0] if append else sum(config.next_blocks))
     new_x, projected = plgpu.kernel(
         functools.partial(_layer_kernel, config=config),
-        out_type=[
-            jax.ShapeDtypeStruct(x.shape, dtype),
-            jax.ShapeDtypeStruct((projected,), projected_dtype),
-        ],
+        out_type=[jax.ShapeDtypeStruct(x.shape, dtype), jax.ShapeDtypeStruct((projected,), dtype)],
         grid=(config.num_blocks,),
         grid_names=("block",),
         num_threads=2,

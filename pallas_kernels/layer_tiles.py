@@ -17,9 +17,10 @@ from jaxdecode.pallas_kernels.layer_config import COLUMNS, ROWS, TILES, LayerCon
 from jaxdecode.pallas_kernels.mosaic import swizzled
 
 # Tiles that a thread block has asked for and not got, at most. That many keep memory busy. More
-# would only queue up, and whatever is asked for meanwhile would have to wait behind them.
-MOST_IN_FLIGHT = 4
-_MOST_WAITING = 2
+# would only queue up, and whatever is asked for meanwhile would have to wait behind them: so fewer
+# while the ring fills and what is awaited is a vector.
+MOST_IN_FLIGHT = 5
+_MOST_WHILE_WAITING = 3
 
 
 class Scratch(NamedTuple):
@@ -48,7 +49,7 @@ class Heads(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The ring's steps that have been asked for, and how many of their tiles are known to be there."""
+    """The ring's steps that have been asked for, and the tiles that are known to be there."""
 
     steps: Any
     landed: Any
@@ -146,8 +147,8 @@ def stream_share(
 
     def load(i, landed):
         column, step = share.place(i)
-        # Those that fill the ring will have to wait there for the vector.
-        most = jnp.where(i * TILES < config.stages, _MOST_WAITING, MOST_IN_FLIGHT)
+        fills_ring = i * TILES < config.stages
+        most = jnp.where(fills_ring, _MOST_WHILE_WAITING, MOST_IN_FLIGHT)
         for tile, place in enumerate(_places(column, step, job.product)):
             load = functools.partial(_load_weights, place, job, config)
             number = (so_far.steps + i) * TILES + tile
