@@ -196,9 +196,7 @@ def run_once(attended, x, weights):
 
 
 def plainly(attended, x, weights):
-    return fused_layer.plain(attended, x, weights, None, None, None, eps=EPS, projected_dtype=None)[
-        :2
-    ]
+    return fused_layer.plain(attended, x, weights, None, None, None, eps=EPS)[:2]
 
 
 def gradient(call, *operands):
