@@ -52,10 +52,12 @@ def run_layers(
     x, normed = blocks[0].attn_norm(x, result, step)
     q, kv = blocks[0].attn.project(normed, step)
     q, cache = blocks[0].attn.append(q, kv, cache, step)
-    slots = fused_layer.new_slots(_attention(blocks[0], between[0], q, cache, step), between[0])
+    slots = None
     for turn, weights in enumerate(between, 1):
         block, following = blocks[turn - 1], blocks[turn].attn
         attention = _attention(block, weights, q, cache, step)
+        if slots is None:
+            slots = fused_layer.new_slots(attention, weights)
         operands = attention, x.reshape(-1), weights, slots, turn, block.mlp_norm.eps
         keys, values = cache.keys[following.layer], cache.values[following.layer]
         if fused_layer.can_append(weights, keys):

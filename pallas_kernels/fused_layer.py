@@ -104,7 +104,8 @@ def can_attend(weights: LayerWeights, q: Any, keys: Any) -> bool:
     return (
         flash_decode.why_not(q, keys) is None
         and H == COLUMNS
-        and keys.dtype == weights.o.dtype
+        and q.shape[:2] == (1, 1)
+        and q.dtype == keys.dtype == weights.o.dtype
         and q.shape[2] % _ROWS == 0
         and _ROWS % (q.shape[2] // K) == 0
         and K <= NUM_SMS
