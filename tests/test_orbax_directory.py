@@ -185,8 +185,8 @@ if limit:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 gc.disable()  # jax has a hook there, in which a Ctrl-C gets lost
-print("ready", flush=True)
 try:
+    print("ready", flush=True)  # from here on a Ctrl-C may come, even before this returns
     sys.stdin.readline()
     write(model, path)
     print("done", flush=True)
