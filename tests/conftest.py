@@ -24,6 +24,7 @@ CI = os.environ.get("CI") == "true"
 # The GPU kernels, and the interpreter that tests them, need a newer jax than Python 3.11 gets.
 KERNEL_TESTS = [
     "test_flash_decode.py",
+    "test_flash_decode_lowering.py",
     "test_norm.py",
     "test_peer_kernels.py",
     "test_prefill.py",

@@ -1,0 +1,72 @@
+"""The split-KV kernels lowered for CUDA, where this process has no GPU.
+
+conftest.py leaves this file out where jax cannot lower them (before 0.11.2).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from kernel_runs import input_shapes, lowered_for_cuda
+
+from jaxdecode.pallas_kernels import flash_decode
+
+
+def kernels_lowered(*shape):
+    """How many kernels are compiled for CUDA."""
+    call = functools.partial(flash_decode.attend, scale=0.1, softcap=20.0)
+    text = lowered_for_cuda(call, *input_shapes(*shape))
+    return text.count("custom_call @mosaic_gpu")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 65536, 16, 2), (1, 1, 512, 64, 8), (8, 1, 8192, 32, 32), (2, 1, 64, 8, 8),
+        (1, 1, 72, 8, 1), (1, 2048, 4096, 8, 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lowers_for_cuda(shape, dtype):
+    assert kernels_lowered(*shape, 128, dtype) == 2
+
+
+@pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 512, 16, 2), (1, 3, 512, 9, 3), (2, 5, 1024, 28, 4), (1, 16, 512, 71, 1),
+        (1, 1, 64, 64, 1), (2, 3, 512, 18, 2), (1, 64, 512, 1, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_head_dim_lowers_for_cuda(shape, H):
+    assert kernels_lowered(*shape, H) == 2
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_equal_layers_share_one_lowering(B):
+    def layers(q, k, v, lo, hi):
+        for _ in range(8):
+            q, _ = flash_decode.attend(q, k, v, lo, hi, scale=0.1, out_dtype=q.dtype)
+        return q
+
+    text = lowered_for_cuda(layers, *input_shapes(B, 1, 1024, 16, 2, 128))
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+def test_exports_for_cuda():
+    kernel_calls = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    call = jax.jit(functools.partial(flash_decode.attend, scale=0.1, out_dtype=jnp.bfloat16))
+    export = jax.export.export(call, platforms=["cuda"], disabled_checks=[kernel_calls])
+    exported = export(*input_shapes(2, 1, 1024, 16, 2, 128))
+    assert exported.platforms == ("cuda",)
+    assert [(x.shape, x.dtype) for x in exported.out_avals] == [
+        ((2, 1, 16, 128), jnp.bfloat16),
+        ((2, 1, 16), jnp.float32),
+    ]
+    assert exported.mlir_module().count("custom_call @mosaic_gpu") == 2
