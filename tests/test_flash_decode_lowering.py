@@ -15,11 +15,21 @@ from kernel_runs import input_shapes, lowered_for_cuda
 from jaxdecode.pallas_kernels import flash_decode
 
 
+def lowered(*shape, sinks=False, **options):
+    """What is compiled for CUDA; shape: B, T, S, N, K, H and the dtype."""
+    operands = input_shapes(*shape)
+    if sinks:
+        operands = *operands, jax.ShapeDtypeStruct((operands[0].shape[2],), jnp.float32)
+
+    def call(q, k, v, lo, hi, sinks=None):
+        return flash_decode.attend(q, k, v, lo, hi, scale=0.1, sinks=sinks, **options)
+
+    return lowered_for_cuda(call, *operands)
+
+
 def kernels_lowered(*shape):
     """How many kernels are compiled for CUDA."""
-    call = functools.partial(flash_decode.attend, scale=0.1, softcap=20.0)
-    text = lowered_for_cuda(call, *input_shapes(*shape))
-    return text.count("custom_call @mosaic_gpu")
+    return lowered(*shape, softcap=20.0).count("custom_call @mosaic_gpu")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -46,6 +56,28 @@ def test_lowers_for_cuda(shape, dtype):
 )  # fmt: skip
 def test_every_head_dim_lowers_for_cuda(shape, H):
     assert kernels_lowered(*shape, H) == 2
+
+
+SPLIT, PLANNED = "flash_decode_split_mosaic_gpu", "flash_decode_split_planned_mosaic_gpu"
+# By name, B, dtype, options and the kernel of step 1. One sequence needs no plan.
+CALLS = {
+    "one sequence, sinks": (1, jnp.bfloat16, {"sinks": True}, SPLIT),
+    "fixed splits": (2, jnp.float16, {"num_splits": 3}, SPLIT),
+    "fixed splits, sinks": (2, jnp.bfloat16, {"num_splits": 3, "sinks": True}, SPLIT),
+    "plan": (2, jnp.float16, {}, PLANNED),
+    "plan, sinks": (2, jnp.float16, {"sinks": True}, PLANNED),
+}
+
+
+@pytest.mark.parametrize("rows", [(1, 16, 2), (3, 18, 2)], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("H", flash_decode.HEAD_DIMS)
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_lowers_for_cuda(name, H, rows):
+    B, dtype, options, kernel = CALLS[name]
+    T, *heads = rows
+    text = lowered(B, T, 512, *heads, H, dtype, **options)
+    assert text.count("custom_call @mosaic_gpu") == 2
+    assert kernel in text
 
 
 @pytest.mark.parametrize("B", [1, 2])
