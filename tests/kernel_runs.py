@@ -31,13 +31,15 @@ def accumulate(acc, p, v_tile):
     return acc + jnp.dot(p, values, preferred_element_type=jnp.float32)
 
 
-def inputs(B, T, S, N, K, H, dtype=jnp.bfloat16, kv_len=None):
-    """q, k, v and lengths, if not given full, empty and in between; NaN where no slot is filled."""
+def inputs(B, T, S, N, K, H, dtype=jnp.bfloat16, kv_len=None, window=None):
+    """q, k, v and lengths, if not given full, empty and in between; NaN where no query sees."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
     kv_len = np.array([S - 37, 0, S, S // 2][:B] if kv_len is None else kv_len, np.int32)
     for row, length in enumerate(kv_len):
-        k[row, length:] = v[row, length:] = np.nan
+        first = 0 if window is None else max(0, length - T - window + 1)
+        for x in (k, v):
+            x[row, :first] = x[row, length:] = np.nan
     return *(jnp.asarray(x, dtype) for x in (q, k, v)), kv_len
 
 

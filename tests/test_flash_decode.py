@@ -62,7 +62,7 @@ def attend(q, k, v, kv_len, *, num_splits=None, window=None, **options):
 def check(
     shape, options, num_splits, dtype=jnp.bfloat16, H=128, kv_len=None, out_dtype=jnp.float32
 ):
-    q, k, v, kv_len = inputs(*shape, H, dtype, kv_len)
+    q, k, v, kv_len = inputs(*shape, H, dtype, kv_len, options.get("window"))
     options = dict(options)
     if options.pop("sinks", False):
         options["sinks"] = jnp.asarray(np.random.default_rng(1).normal(size=shape[3]), jnp.float32)
@@ -176,6 +176,39 @@ def test_interpreted_merge_of_many_chunks(interpreter):
     for found, nothing in ((merged, 0.0), (merged_lse, -np.inf)):
         np.testing.assert_array_equal(found[1], jnp.full_like(found[1], 7.0))
         np.testing.assert_array_equal(found[2:], jnp.full_like(found[2:], nothing))
+
+
+@pytest.mark.parametrize("num_splits", [1, 3, 7])
+@pytest.mark.parametrize("T", [2, 24])
+def test_interpreted_window_far_into_the_cache(interpreter, T, num_splits):
+    """Only the last three of five tiles are seen, or six of ten; chunks may be more than those."""
+    check((1, T, 640, 2, 1), {"window": 300}, num_splits, kv_len=[630])
+
+
+@pytest.mark.parametrize("num_splits", [1, 3, 5])
+@pytest.mark.parametrize("N", [2, 24])
+def test_interpreted_tiles_left_of_a_window_are_not_loaded(interpreter, monkeypatch, N, num_splits):
+    """What is loaded and not seen gets weight 0, and without being zeroed a value of NaN stays.
+    The scale is this test's own: no other may have compiled these kernels."""
+    monkeypatch.setattr(chunk_kernel, "zero_unseen", lambda *_: None)
+    shape = (1, 1, 512, N, 1)
+    check(shape, {"window": 256, "scale": 0.123}, num_splits, kv_len=[512])
+    with pytest.raises(AssertionError, match="not finite"):
+        check(shape, {"window": 255, "scale": 0.123}, num_splits, kv_len=[512])
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 9, 20])
+def test_chunks_share_the_tiles_that_some_query_sees(num_splits):
+    config = split_config((1, 2, 2, 128), (1, 65536, 1, 128), num_splits, 0.1, None)
+    for kv_len, tiles in ((60_000, range(460, 469)), (0, range(0))):
+        ranges = visible_ranges(jnp.array([kv_len]), 2, 65536, window=1000)
+        slots = chunk_kernel.Slots(*(list(x[0]) for x in ranges))
+        chunks = [
+            range(*chunk_kernel.tiles_of_chunk(slots, jnp.int32(c), config))
+            for c in range(num_splits)
+        ]
+        assert list(itertools.chain(*chunks)) == list(tiles)
+        assert {len(x) for x in chunks} <= {len(tiles) // num_splits, -(-len(tiles) // num_splits)}
 
 
 def test_the_check_notices_a_lost_chunk(interpreter):
