@@ -157,6 +157,17 @@ def test_interpreted_twice_gives_equal_bits(interpreter, few_blocks):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.parametrize("num_splits", [1, 17])
+def test_interpreted_rows_do_not_depend_on_the_batch(interpreter, num_splits):
+    """With a fixed number of chunks, of which some may be empty: alone, and in other places."""
+    whole = inputs(2, 2, 256, 3, 1, 64, jnp.float16, [65, 256])
+    expected = attend(*whole, num_splits=num_splits)
+    for rows in (np.array([1]), np.array([1, 0])):
+        some = attend(*(x[rows] for x in whole), num_splits=num_splits)
+        for x, y in zip(some, expected, strict=True):
+            np.testing.assert_array_equal(x, y[rows])
+
+
 def test_interpreted_merge_of_many_chunks(interpreter):
     """More chunks than are loaded together, of which the largest logits come late; a row that is
     finished already; and idle sequences, more than there are blocks."""

@@ -80,13 +80,11 @@ def arrays(case: Case):
     return [jnp.asarray(x) for x in (case.q, case.k, case.v, case.kv_len)]
 
 
-def inputs(B, S, N, K, T=1, H=128, seed=0):
-    """Random bfloat16 inputs made on the device, every sequence full."""
+def inputs(B, S, N, K, T=1, H=128, seed=0, dtype=jnp.bfloat16):
+    """Random inputs made on the device, every sequence full."""
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
-    return [
-        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
-    ]
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def check(case: Case, **options) -> None:
@@ -148,17 +146,28 @@ def test_repeats_are_bit_equal(num_splits):
         assert all(bool((x == y).all()) for x, y in zip(first, again, strict=True))
 
 
-def test_rows_do_not_depend_on_the_batch():
-    q, k, v = inputs(16, 8192, 32, 4)
+@pytest.mark.parametrize(
+    ("T", "heads", "num_splits", "dtype"),
+    [
+        (1, (32, 4), 6, "bfloat16"),
+        (1, (9, 3), 17, "bfloat16"),
+        (4, (9, 3), 1, "float16"),
+        (4, (9, 3), 17, "float16"),
+    ],
+)
+def test_rows_do_not_depend_on_the_batch(T, heads, num_splits, dtype):
+    q, k, v = inputs(16, 8192, *heads, T, dtype=dtype)
     kv_len = jnp.asarray([8192, 0, 1, 63, 64, 65, 4096, 8191] * 2, jnp.int32)
-    whole, _ = attend(q, k, v, kv_len, num_splits=6)
+    whole = attend(q, k, v, kv_len, num_splits=num_splits)
+
+    def check_rows(rows):
+        some = attend(*(x[rows] for x in (q, k, v, kv_len)), num_splits=num_splits)
+        for x, y in zip(some, whole, strict=True):
+            np.testing.assert_array_equal(x, y[rows])
+
     for row in range(16):
-        one = slice(row, row + 1)
-        alone, _ = attend(q[one], k[one], v[one], kv_len[one], num_splits=6)
-        np.testing.assert_array_equal(whole[one], alone)
-    reverse = slice(None, None, -1)
-    turned, _ = attend(q[reverse], k[reverse], v[reverse], kv_len[reverse], num_splits=6)
-    np.testing.assert_array_equal(turned[reverse], whole)
+        check_rows(slice(row, row + 1))
+    check_rows(slice(None, None, -1))
 
 
 @pytest.mark.parametrize("capacity", [2048, 32768])
