@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 import warnings
 
 import jax
@@ -200,3 +201,71 @@ def test_a_gpu_that_cannot_run_the_kernels_is_said_once(monkeypatch):
     ]
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
     decode_attention(q, k, k, 5)  # a warning would be an error here
+
+
+NEEDED = "the kernels need an NVIDIA Hopper GPU"
+NOT_9 = f"{NEEDED} (compute capability 9.0), and"
+OLD = "GPU kernels need Python >= 3.12 and jax >= 0.11.2, this is jax"
+# jax, backend, the GPU's name and compute capability, and what is said of them.
+NOT_HERE = {
+    "old jax": ("0.10.2", "gpu", "H200", "9.0", f"{OLD} 0.10.2"),
+    "the last too old": ("0.11.1", "gpu", "H200", "9.0", f"{OLD} 0.11.1"),
+    "old jax and GPU": ("0.10.2", "gpu", "T4", "7.5", f"{OLD} 0.10.2"),
+    "Turing": ("0.11.2", "gpu", "T4", "7.5", f"{NOT_9} T4 has 7.5"),
+    "Ampere": ("0.12.0", "gpu", "A100", "8.0", f"{NOT_9} A100 has 8.0"),
+    "small Ampere": ("0.11.2", "gpu", "A10", "8.6", f"{NOT_9} A10 has 8.6"),
+    "Blackwell": ("0.11.2", "gpu", "B200", "10.0", f"{NOT_9} B200 has 10.0"),
+    "AMD": ("0.11.2", "gpu", "MI300X", None, f"{NOT_9} MI300X has unknown"),
+    "TPU": ("0.11.2", "tpu", "TPU v5", None, f"{NEEDED}, and JAX runs on tpu"),
+    "TPU, old jax": ("0.10.2", "tpu", "TPU v5", None, f"{NEEDED}, and JAX runs on tpu"),
+}
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """pretend(jax, backend, device, capability): what this process seems to run on."""
+
+    def patch(version, backend, kind, capability):
+        device = types.SimpleNamespace(device_kind=kind)
+        if capability is not None:
+            device.compute_capability = capability
+        monkeypatch.setattr(jax, "__version__", version)
+        monkeypatch.setattr(jax, "__version_info__", tuple(map(int, version.split("."))))
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(jax, "devices", lambda platform: {backend: [device]}[platform])
+
+    return patch
+
+
+def served():
+    """q, k and v that the kernels take."""
+    return (jnp.ones(shape, BF16) for shape in ((1, 1, 2, 64), (1, 64, 1, 64), (1, 64, 1, 64)))
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_where_the_kernels_cannot_run_is_said(pretend, name):
+    *machine, reason = NOT_HERE[name]
+    q, k, v = served()
+    pretend(*machine)
+    assert flash_decode.why_not_here() == reason
+    expected = f"xla: the portable implementation; {reason}"
+    assert str(explain_attention(q, k, v, 5)) == expected
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            out = decode_attention(q, k, v, 5)
+    np.testing.assert_array_equal(out, v[:, :1].repeat(2, axis=2))
+    warning = f"decode_attention runs its portable implementation on this GPU: {reason}"
+    assert [str(x.message) for x in said] == ([warning] if "gpu" in machine else [])
+    for asked in ({"implementation": "flash_decode"}, {"num_splits": 2}):
+        match = f"^flash_decode cannot serve this call: {re.escape(reason)}; leave out "
+        with pytest.raises(NotImplementedError, match=match):
+            decode_attention(q, k, v, 5, **asked)
+
+
+@pytest.mark.parametrize("version", ["0.11.2", "0.12.0.1", "1.0.0"])
+def test_on_hopper_the_kernels_run(pretend, version):
+    q, k, v = served()
+    pretend(version, "gpu", "H200", "9.0")
+    assert flash_decode.why_not_here() is None
+    assert explain_attention(q, k, v, 5).implementation == "flash_decode"
