@@ -1,7 +1,4 @@
-"""A layer in one kernel that also rotates and appends for the next one, on a GPU.
-
-conftest.py leaves this file out where jax has no GPU kernels (before 0.11.2).
-"""
+"""A layer in one kernel that also rotates and appends for the next one, on a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A layer in one kernel that begins with its attention, on a GPU.
-
-conftest.py leaves this file out where jax has no GPU kernels (before 0.11.2).
-"""
+"""A layer in one kernel that begins with its attention, on a GPU."""
 
 from __future__ import annotations
 
