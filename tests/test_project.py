@@ -114,25 +114,55 @@ def test_make_refuses_an_old_python(project_root, tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
-def test_skips_fail_under_ci(project_root, tmp_path):
+@pytest.fixture
+def run_tests(project_root, tmp_path):
+    """run_tests(ci, *options) -> (exit status, output) of tmp_path's tests with our conftest.py."""
     (tmp_path / "conftest.py").write_text((project_root / "tests" / "conftest.py").read_text())
+
+    def run(ci, *options):
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options]
+        environment = {**os.environ, "CI": ci}
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        return result.returncode, result.stdout + result.stderr
+
+    return run
+
+
+def test_skips_fail_under_ci(run_tests, tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
         "def test_skip(): pytest.skip('no reason')\n"
         "@pytest.mark.xfail\n"
         "def test_xfail(): raise ValueError\n"
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "test_it.py"]
-    for ci, status, outcome in (
+    for ci, expected, outcome in (
         ("true", 1, "1 failed, 1 xfailed"),
         ("", 0, "1 skipped, 1 xfailed"),
     ):
-        environment = {**os.environ, "CI": ci}
-        result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == status, result.stdout + result.stderr
-        assert outcome in result.stdout
+        status, output = run_tests(ci)
+        assert status == expected, output
+        assert outcome in output
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    ("ci", "version", "tests"),
+    [("true", (0, 11, 1), 1), ("", (0, 11, 1), 1), ("true", (0, 11, 2), 2)],
+)
+def test_kernels_go_untested_only_where_no_jax_has_them(run_tests, tmp_path, ci, version, tests):
+    """Python 3.11 gets none; under CI a newer one may not get an old jax unnoticed."""
+    (tmp_path / "pretend_jax.py").write_text(f"import jax\njax.__version_info__ = {version}\n")
+    for name in ("test_it.py", "test_norm.py"):
+        (tmp_path / name).write_text("def test(): pass\n")
+    status, output = run_tests(ci, "-p", "pretend_jax")
+    if ci and tests == 1 and sys.version_info >= (3, 12):
+        assert status == pytest.ExitCode.USAGE_ERROR, output
+        assert "CI=true does not allow Python >= 3.12 to leave out the GPU kernels' tests" in output
+    else:
+        assert status == 0, output
+        assert f"{tests} passed" in output
 
 
 @pytest.mark.parametrize(
