@@ -309,7 +309,7 @@ def choose_attention(
         )  # fmt: skip
     except NotImplementedError as error:
         raise DeviceError(f"attention {name}: {error}") from error
-    return AttentionChoice(NO_SPLIT, choice.reason) if name == NO_SPLIT else choice
+    return dataclasses.replace(choice, implementation=NO_SPLIT) if name == NO_SPLIT else choice
 
 
 def slots_for(

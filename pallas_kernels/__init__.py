@@ -6,13 +6,9 @@ if __name__ != "jaxdecode.pallas_kernels":
         "or its functions would exist twice"
     )
 
+from jaxdecode.pallas_kernels.attention_choice import IMPLEMENTATIONS, AttentionChoice
 from jaxdecode.pallas_kernels.combine import combine_partials
-from jaxdecode.pallas_kernels.decode_attention import (
-    IMPLEMENTATIONS,
-    AttentionChoice,
-    decode_attention,
-    explain_attention,
-)
+from jaxdecode.pallas_kernels.decode_attention import decode_attention, explain_attention
 from jaxdecode.pallas_kernels.sharded import (
     Part,
     attend_part,

@@ -19,7 +19,7 @@ from jaxdecode.pallas_kernels.split_config import NUM_SMS, num_row_blocks
 Shape = tuple[int, ...]
 
 # Up to so many query tokens a call is decoding, which the split kernels are made for.
-_MOST_DECODE_TOKENS = 16
+MOST_DECODE_TOKENS = 16
 # Query rows of a block of the wide-query kernel.
 WIDE_ROWS = 128
 # Row blocks that the split kernels go through while each multiprocessor does a block of the
@@ -31,7 +31,7 @@ _ROW_BLOCKS_PER_ROUND = 180
 def wide_is_faster(q_shape: Shape, k_shape: Shape) -> bool:
     """Whether the wide-query kernel serves this call faster than the split kernels do."""
     B, T, N, _ = q_shape
-    if T <= _MOST_DECODE_TOKENS:
+    if T <= MOST_DECODE_TOKENS:
         return False
     heads = wide_heads(q_shape, k_shape)
     blocks = B * (N // heads) * -(-T * heads // WIDE_ROWS)

@@ -1,11 +1,10 @@
-"""The door to decode attention: checks a call, says what each query sees, chooses who serves it.
+"""The door to decode attention: checks a call, says what each query sees, has it served.
 
 B batch, T query tokens in this call, S cache capacity, N query heads, K KV heads, H head_dim.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, Literal, overload
 
@@ -15,32 +14,13 @@ import numpy as np
 from jax import lax
 
 from jaxdecode.pallas_kernels import cudnn, flash_decode, prefill, xla
-from jaxdecode.pallas_kernels.crossover import wide_is_faster
+from jaxdecode.pallas_kernels.attention_choice import AttentionChoice, choose, is_wide
 from jaxdecode.pallas_kernels.varying import vary_alike
 
 Array = jax.Array
 Lengths = jax.Array | np.ndarray | int
 
-IMPLEMENTATIONS = ("flash_decode", "xla", "cudnn")
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionChoice:
-    """Which implementation serves a call, and why.
-
-    Attributes:
-      implementation: one of IMPLEMENTATIONS.
-      reason: for people.
-      asked_for: named by the caller, so no other may take its place.
-    """
-
-    implementation: str
-    reason: str
-    asked_for: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.implementation}: {self.reason}"
 
 
 @overload
@@ -135,7 +115,7 @@ def explain_attention(
     out_dtype: Any = None,
     return_lse: bool = False,
 ) -> AttentionChoice:  # fmt: skip
-    """Which implementation `decode_attention` would run for these arguments here, and why.
+    """Which implementation `decode_attention` would run for these arguments here, why, and how.
 
     Takes arrays or `jax.ShapeDtypeStruct`s and runs nothing. Raises what the call would raise for
     these shapes and types.
@@ -144,44 +124,6 @@ def explain_attention(
     out_dtype = checked_out_dtype(q, out_dtype)
     not_cudnn = cudnn.why_not(q, window, softcap, sinks, out_dtype, return_lse)
     return choose(q, k, num_splits=num_splits, implementation=implementation, not_cudnn=not_cudnn)
-
-
-def choose(
-    q: Any, k: Any, *, num_splits: int | None, implementation: str | None, not_cudnn: str | None
-) -> AttentionChoice:
-    """Chooses the implementation for a checked call; `not_cudnn` is why it cannot be cuDNN."""
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation must be None or one of {IMPLEMENTATIONS}, found {implementation!r}"
-        )
-    if implementation in ("xla", "cudnn"):
-        if num_splits is not None:
-            raise ValueError(
-                f"num_splits={num_splits} goes with flash_decode, which splits the keys; "
-                f"leave it out for {implementation!r}"
-            )
-        if implementation == "cudnn" and not_cudnn is not None:
-            raise NotImplementedError(
-                f"cudnn cannot serve this call: {not_cudnn}; leave out implementation"
-            )
-        return AttentionChoice(implementation, "asked for", asked_for=True)
-    obstacle = flash_decode.why_not_here() or flash_decode.why_not(q, k)
-    if implementation == "flash_decode" or num_splits is not None:
-        if obstacle is not None:
-            raise NotImplementedError(
-                f"flash_decode cannot serve this call: {obstacle}; leave out implementation and "
-                "num_splits to run the portable implementation"
-            )
-        return AttentionChoice("flash_decode", "asked for", asked_for=implementation is not None)
-    if obstacle is not None:
-        return AttentionChoice("xla", f"the portable implementation; {obstacle}")
-    kind = "wide-query kernel" if _is_wide(q, k, num_splits) else "split-KV kernels"
-    return AttentionChoice("flash_decode", f"{kind} for this GPU")
-
-
-def _is_wide(q: Any, k: Any, num_splits: int | None) -> bool:
-    """Whether flash_decode serves the call by its wide-query kernel."""
-    return num_splits is None and wide_is_faster(q.shape, k.shape)
 
 
 def attend_ranges(
@@ -199,7 +141,7 @@ def attend_ranges(
         return out.astype(out_dtype), lse
 
     def kernels(*operands: Array) -> tuple[Array, Array]:
-        if _is_wide(operands[0], operands[1], num_splits):
+        if is_wide(operands[0], operands[1], num_splits):
             return prefill.attend(
                 *operands, scale=scale, softcap=softcap, sinks=sinks, out_dtype=out_dtype
             )

@@ -20,13 +20,13 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdecode.pallas_kernels import peer
+from jaxdecode.pallas_kernels.attention_choice import choose
 from jaxdecode.pallas_kernels.combine import add_sinks, combine_partials
 from jaxdecode.pallas_kernels.decode_attention import (
     Lengths,
     attend_ranges,
     checked_out_dtype,
     checked_scale,
-    choose,
     int32_lengths,
     is_integer,
     visible_ranges,

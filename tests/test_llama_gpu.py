@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.llama import Llama
-from jaxdecode.pallas_kernels.decode_attention import IMPLEMENTATIONS
+from jaxdecode.pallas_kernels import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.gpu
 

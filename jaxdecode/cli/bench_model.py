@@ -102,6 +102,6 @@ def choose_attention(
     report.say(f"device: {kind}; weights: {dtype}")
     for name in names:
         choice = bench.choose_attention(config, dtype, name, sharding)
-        report.say(f"attention {name}: {choice}")
+        report.say(f"attention {name}: {runtime.brief(choice)}")
         chosen.setdefault(choice.implementation, name)
     return list(chosen.values())

@@ -67,6 +67,7 @@ def _device_lines(chosen: jax.Device) -> list[str]:
     import jax
 
     from jaxdecode.bench import choose_attention
+    from jaxdecode.cli.runtime import brief
     from jaxdecode.models.config import PRESETS
 
     devices = jax.devices(chosen.platform)
@@ -75,7 +76,7 @@ def _device_lines(chosen: jax.Device) -> list[str]:
     heads = f"{config.num_q_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
     for dtype in ("bfloat16", "float32"):
         choice = choose_attention(config, dtype, "auto")
-        lines.append(f"attention: {choice} (a decode step in {dtype}, {heads})")
+        lines.append(f"attention: {brief(choice)} (a decode step in {dtype}, {heads})")
     lines.append(f"layers: {_layers()}")
     lines.append(f"{_auto_mesh(config, len(devices))} (--mesh auto, for the same model)")
     lines.append(f"collectives: {_collectives(devices)}")

@@ -32,6 +32,7 @@ from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.sharding import Sharding, auto_sizes, describe
+from jaxdecode.pallas_kernels import AttentionChoice
 from jaxdecode.plan import Plan, check_fits, explain_exhaustion, plan, plan_model
 from jaxdecode.processes import random_seed
 from jaxdecode.prompts import encode_prompts
@@ -80,7 +81,7 @@ def load_model(
         choice = choose_attention(source.config, dtype, attn, sharding, query_tokens=2)
         kind = report.device.device_kind
         count = "" if sizes is None else f"{sharding.num_devices} x "
-        report.say(f"device: {count}{kind}; attention: {choice}; weights: {dtype}")
+        report.say(f"device: {count}{kind}; attention: {brief(choice)}; weights: {dtype}")
         if sizes is not None:
             report.say(describe(source.config, sharding))
         work = Workload(config=source.config, context=max(1, context or 1), dtype=dtype)
@@ -96,6 +97,11 @@ def load_model(
         source.close()
     asked = None if attn == "auto" else attn
     return Loaded(model, tokenizer, kind, choice.implementation, asked)
+
+
+def brief(choice: AttentionChoice) -> str:
+    """The implementation and the reason. How work is divided depends on lengths yet to come."""
+    return f"{choice.implementation}: {choice.reason}"
 
 
 def make_sharding(
