@@ -43,8 +43,7 @@ def why_not_here() -> str | None:
     """Why the kernels cannot run on this machine; None if they can."""
     if jax.default_backend() != "gpu":
         return f"the kernels need an NVIDIA Hopper GPU, and JAX runs on {jax.default_backend()}"
-    if jax.__version_info__ < (0, 11, 2):
-        return f"GPU kernels need Python >= 3.12 and jax >= 0.11.2, this is jax {jax.__version__}"
+    # The GPU first: where it is another, a newer jax would not help.
     device = jax.devices("gpu")[0]
     capability = getattr(device, "compute_capability", "unknown")
     if capability != "9.0":
@@ -52,6 +51,8 @@ def why_not_here() -> str | None:
             "the kernels need an NVIDIA Hopper GPU (compute capability 9.0), and "
             f"{device.device_kind} has {capability}"
         )
+    if jax.__version_info__ < (0, 11, 2):
+        return f"GPU kernels need Python >= 3.12 and jax >= 0.11.2, this is jax {jax.__version__}"
     return None
 
 

@@ -210,7 +210,8 @@ OLD = "GPU kernels need Python >= 3.12 and jax >= 0.11.2, this is jax"
 NOT_HERE = {
     "old jax": ("0.10.2", "gpu", "H200", "9.0", f"{OLD} 0.10.2"),
     "the last too old": ("0.11.1", "gpu", "H200", "9.0", f"{OLD} 0.11.1"),
-    "old jax and GPU": ("0.10.2", "gpu", "T4", "7.5", f"{OLD} 0.10.2"),
+    "old jax and GPU": ("0.10.2", "gpu", "T4", "7.5", f"{NOT_9} T4 has 7.5"),
+    "old jax and AMD": ("0.10.2", "gpu", "MI300X", None, f"{NOT_9} MI300X has unknown"),
     "Turing": ("0.11.2", "gpu", "T4", "7.5", f"{NOT_9} T4 has 7.5"),
     "Ampere": ("0.12.0", "gpu", "A100", "8.0", f"{NOT_9} A100 has 8.0"),
     "small Ampere": ("0.11.2", "gpu", "A10", "8.6", f"{NOT_9} A10 has 8.6"),

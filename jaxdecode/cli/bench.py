@@ -172,7 +172,7 @@ def bench(
     check_model_options(model, preset, random)
     check_files(plan, output, plot)
     sizes = None if mesh is None else options.parse_mesh(mesh)
-    report.device = runtime.select_device(device)
+    report.device = runtime.announced_device(device)
     if not no_compilation_cache:
         runtime.enable_compilation_cache()
     decoder, names = make_model(report, plan, model, preset, dtype, sizes)

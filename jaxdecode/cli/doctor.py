@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jaxdecode
-from jaxdecode.cli import options
+from jaxdecode.cli import cuda_plugin, options
 from jaxdecode.cli.output import write_text
 from jaxdecode.errors import DeviceError
 from jaxdecode.units import readable_bytes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "tokenizers",
-    "gguf", "jinja2", "typer", "rich", "jax-cuda13-plugin", "jax-cuda12-plugin",
+    "gguf", "jinja2", "typer", "rich", *cuda_plugin.PLUGINS,
 )  # fmt: skip
 
 
@@ -34,6 +34,8 @@ def doctor(device: options.Device = "auto", verbose: options.Verbose = False) ->
     lines += [f"{package}: {_version(package)}" for package in _PACKAGES]
     lines.append(f"cache: {_directory(runtime.cache_directory())}")
     lines.append(f"compiled programs: {_directory(runtime.compilation_cache_directory())}")
+    if (missing := cuda_plugin.missing_plugin()) is not None:
+        lines.append(f"plugin: {missing}")
     try:
         lines += _device_lines(runtime.select_device(device))
     except DeviceError as error:

@@ -22,7 +22,7 @@ from jaxdecode.bench import choose_attention
 from jaxdecode.checkpoint import loading
 from jaxdecode.checkpoint.default_model import fetch_default_model
 from jaxdecode.checkpoint.source import WeightSource
-from jaxdecode.cli import options
+from jaxdecode.cli import cuda_plugin, options
 from jaxdecode.cli.output import Report, progress_bars, say_warning
 from jaxdecode.device_model import of_device
 from jaxdecode.errors import DeviceError, RequestError, TokenizerError
@@ -70,7 +70,7 @@ def load_model(
     if report.together and mesh is None:
         mesh = "auto"
     sizes = None if mesh is None else options.parse_mesh(mesh)
-    report.device = select_device(device)
+    report.device = announced_device(device)
     if compilation_cache:
         enable_compilation_cache()
     source = open_model(report, name)
@@ -246,6 +246,15 @@ def compilation_cache_directory() -> Path:
     return cache_directory() / "compiled"
 
 
+def announced_device(name: str) -> jax.Device:
+    """`select_device`, with a warning where JAX took the CPU and a plugin would give it a GPU."""
+    device = select_device(name)
+    chosen_by_jax = not jax.config.values["jax_platforms"]
+    if chosen_by_jax and device.platform == "cpu" and (missing := cuda_plugin.missing_plugin()):
+        say_warning(missing)
+    return device
+
+
 def select_device(name: str) -> jax.Device:
     """Lets JAX choose among the devices that `name` ("auto", "gpu" or "cpu") allows.
 
@@ -267,8 +276,8 @@ def select_device(name: str) -> jax.Device:
         unknown = not str(error) or str(error).startswith("Unknown backend")
         reason = "JAX finds none, or its plugin is missing" if unknown else str(error)
         raise DeviceError(
-            f"{asked}: {reason}; install the plugin (pip install 'jaxdecode[cuda13]', or cuda12), "
-            "or run with --device cpu"
+            f"{asked}: {reason}; install the plugin ({cuda_plugin.INSTALL}), or run with "
+            "--device cpu"
         ) from error
 
 
