@@ -73,7 +73,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("B", "S", "N", "K", "by_cudnn", "split"), MEASURED)
-def test_not_chosen_unasked_because_it_was_nowhere_faster(
+def test_not_chosen_unasked_because_with_lengths_it_gains_at_most_little(
     on_gpu, monkeypatch, B, S, N, K, by_cudnn, split
 ):
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
