@@ -16,7 +16,8 @@ from jaxdecode.pallas_kernels import xla
 Array = jax.Array
 
 _DTYPES = ("bfloat16", "float16")
-_MAX_HEAD_DIM = 256
+# What jax.nn lets through to cuDNN.
+_MAX_HEAD_DIM, _MAX_HEAD_DIM_BEFORE_HOPPER = 256, 128
 
 
 def why_not(
@@ -39,7 +40,18 @@ def why_not(
         return f"it takes a head_dim that is a multiple of 8 up to {_MAX_HEAD_DIM}, not {H}"
     if jax.default_backend() != "gpu":
         return f"it needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}"
+    if H > _MAX_HEAD_DIM_BEFORE_HOPPER and not _is_hopper_or_later():
+        return (
+            f"on {jax.devices('gpu')[0].device_kind} it takes a head_dim up to "
+            f"{_MAX_HEAD_DIM_BEFORE_HOPPER}, not {H}"
+        )
     return None
+
+
+def _is_hopper_or_later() -> bool:
+    # Like "9.0"; GPUs of other makes have none, or another form.
+    major, _, _ = getattr(jax.devices("gpu")[0], "compute_capability", "").partition(".")
+    return major.isdecimal() and int(major) >= 9
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

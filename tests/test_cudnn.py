@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,13 @@ def explain(q, k, v, **options):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
+    pretend(monkeypatch, "H200", "9.0")
+
+
+def pretend(monkeypatch, name, capability):
+    device = types.SimpleNamespace(device_kind=name, compute_capability=capability)
     monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn.jax, "devices", lambda platform: {"gpu": [device]}[platform])
 
 
 REFUSED = {
@@ -51,6 +59,50 @@ def test_needs_a_gpu():
     arrays = (jnp.zeros(x.shape, x.dtype) for x in shapes())
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         decode_attention(*arrays, 100, implementation="cudnn")
+
+
+# Name, compute capability, and the largest head_dim that jax.nn lets cuDNN have there.
+@pytest.mark.parametrize(
+    ("name", "capability", "most"),
+    [("A100", "8.0", 128), ("H200", "9.0", 256), ("B200", "10.0", 256), ("MI300X", "gfx942", 128)],
+)
+def test_the_head_dims_are_those_of_jax_nn(monkeypatch, name, capability, most):
+    pretend(monkeypatch, name, capability)
+    for H in range(8, 257, 8):
+        if H <= most:
+            assert explain(*shapes(H=H)).implementation == "cudnn"
+        else:
+            words = f"on {name} it takes a head_dim up to {most}, not {H}; leave out"
+            with pytest.raises(NotImplementedError, match=words):
+                explain(*shapes(H=H))
+    for H in (most + 4, 264):
+        with pytest.raises(NotImplementedError, match=f"a multiple of 8 up to 256, not {H}"):
+            explain(*shapes(H=H))
+
+
+def test_jax_nn_has_the_same_limits(monkeypatch):
+    """Held against the function that checks them there."""
+    from jax._src.cudnn import fused_attention_stablehlo as theirs
+
+    monkeypatch.setattr(theirs, "is_cuda_compute_capability_equal", lambda _: False)
+    for name, capability in (("A100", "8.0"), ("H200", "9.0")):
+        pretend(monkeypatch, name, capability)
+        monkeypatch.setattr(
+            theirs, "check_compute_capability", lambda asked, has=capability: has >= asked
+        )
+        for H in range(4, 301, 4):
+            q, kv, _ = shapes(H=H)
+            ours = cudnn.why_not(q, None, None, None, q.dtype, False)
+            assert (ours is None) == jax_takes(theirs, q, kv), (name, H, ours)
+
+
+def jax_takes(theirs, q, kv):
+    layout = theirs.AttentionLayout.BTNH.value
+    try:
+        theirs.check_is_flash_attention(q, kv, kv, layout, 91000, False, False)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def test_goes_without_splits(on_gpu):

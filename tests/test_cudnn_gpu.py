@@ -27,7 +27,7 @@ def check(case, **options):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("H", [64, 80, 128])
+@pytest.mark.parametrize("H", [64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (6, 1)], ids=str)
 def test_against_the_oracle(heads, H, dtype):
     check(make_case(LENGTHS, 1, *heads, H, S=1000, dtype=dtype))
