@@ -13,9 +13,13 @@ from bench_rows import ROW
 from cli_runs import MAX_POSITIONS, fails, make_model
 
 from jaxdecode import bench, read_bandwidth
+from jaxdecode.bench import NO_SPLIT
 from jaxdecode.cli import bench_model
 from jaxdecode.cli.bench import make_plan
+from jaxdecode.cli.output import Report
 from jaxdecode.models.config import PRESETS
+from jaxdecode.models.sharding import Sharding
+from jaxdecode.pallas_kernels import flash_decode
 from jaxdecode.read_bandwidth import ReadCeiling
 
 
@@ -41,6 +45,21 @@ def table(out: str) -> list[dict[str, str]]:
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
     header, _, *rows = lines
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_what_is_said_of_attention_tells_where_a_step_attends(monkeypatch, capsys):
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    names, sharding = ["auto", "flash_decode", NO_SPLIT, "xla"], Sharding()
+    config = PRESETS["llama-3.1-8b"]
+    chosen = bench_model.choose_attention(Report(), config, "bfloat16", names, sharding)
+    assert chosen == ["auto", NO_SPLIT, "xla"]
+    where = "a step of one token attends inside the layers' kernel, but for the last layer"
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"attention auto: flash_decode: the kernels for this GPU; {where}",
+        f"attention flash_decode: flash_decode: asked for; {where}",
+        f"attention {NO_SPLIT}: {NO_SPLIT}: asked for",
+        "attention xla: xla: asked for",
+    ]
 
 
 def test_the_table_goes_to_stdout_and_the_rest_to_stderr(measuring):

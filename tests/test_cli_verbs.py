@@ -16,7 +16,7 @@ from jaxdecode.checkpoint import load
 from jaxdecode.cli import runtime
 from jaxdecode.errors import DeviceError
 from jaxdecode.generation import generate
-from jaxdecode.pallas_kernels import fused_layer
+from jaxdecode.pallas_kernels import flash_decode, fused_layer
 from jaxdecode.sampling import SamplingParams
 
 # Devices and the compilation cache
@@ -258,3 +258,18 @@ def test_doctor_says_whether_layers_are_fused(cli, cache_home, monkeypatch, obst
     monkeypatch.setattr(fused_layer, "why_not_here", lambda: obstacle)
     (line,) = (line for line in cli("doctor")[1].splitlines() if line.startswith("layers: "))
     assert line.startswith(f"layers: {words}")
+
+
+def test_doctor_says_where_a_step_attends(cli, cache_home, monkeypatch):
+    def attention_lines():
+        return [x for x in cli("doctor")[1].splitlines() if x.startswith("attention: ")]
+
+    where = "; a step of one token attends inside the layers' kernel, but for the last layer"
+    apart = "attention: flash_decode: the kernels for this GPU"
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    half, single = attention_lines()
+    assert half.startswith(f"{apart}{where} (a decode step in bfloat16, 32 query and 8 KV heads")
+    assert single.startswith("attention: xla: the portable implementation; ")
+    assert "layers' kernel" not in single
+    monkeypatch.setattr(fused_layer, "why_not_here", lambda: "too few multiprocessors")
+    assert attention_lines()[0].startswith(f"{apart} (a decode step in bfloat16")

@@ -102,6 +102,6 @@ def choose_attention(
     report.say(f"device: {kind}; weights: {dtype}")
     for name in names:
         choice = bench.choose_attention(config, dtype, name, sharding)
-        report.say(f"attention {name}: {runtime.brief(choice)}")
+        report.say(f"attention {name}: {runtime.brief_of_steps(choice, config, dtype, sharding)}")
         chosen.setdefault(choice.implementation, name)
     return list(chosen.values())

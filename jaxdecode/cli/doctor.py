@@ -69,8 +69,9 @@ def _device_lines(chosen: jax.Device) -> list[str]:
     import jax
 
     from jaxdecode.bench import choose_attention
-    from jaxdecode.cli.runtime import brief
+    from jaxdecode.cli.runtime import brief_of_steps
     from jaxdecode.models.config import PRESETS
+    from jaxdecode.models.sharding import Sharding
 
     devices = jax.devices(chosen.platform)
     lines = [f"device: {_device(device)}" for device in devices]
@@ -78,7 +79,8 @@ def _device_lines(chosen: jax.Device) -> list[str]:
     heads = f"{config.num_q_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
     for dtype in ("bfloat16", "float32"):
         choice = choose_attention(config, dtype, "auto")
-        lines.append(f"attention: {brief(choice)} (a decode step in {dtype}, {heads})")
+        words = brief_of_steps(choice, config, dtype, Sharding())
+        lines.append(f"attention: {words} (a decode step in {dtype}, {heads})")
     lines.append(f"layers: {_layers()}")
     lines.append(f"{_auto_mesh(config, len(devices))} (--mesh auto, for the same model)")
     lines.append(f"collectives: {_collectives(devices)}")

@@ -29,6 +29,7 @@ from jaxdecode.errors import DeviceError, RequestError, TokenizerError
 from jaxdecode.generation import PREFILL_STEP_SIZE, stream_generate
 from jaxdecode.memory import Workload
 from jaxdecode.models.config import LlamaConfig
+from jaxdecode.models.inner_attention import attends_in_layers
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.sharding import Sharding, auto_sizes, describe
@@ -102,6 +103,18 @@ def load_model(
 def brief(choice: AttentionChoice) -> str:
     """The implementation and the reason. How work is divided depends on lengths yet to come."""
     return f"{choice.implementation}: {choice.reason}"
+
+
+def brief_of_steps(
+    choice: AttentionChoice, config: LlamaConfig, dtype: str, sharding: Sharding
+) -> str:
+    """The same of decode steps, with where those of one token attend, if not in a kernel apart."""
+    if choice.implementation != "flash_decode" or not attends_in_layers(config, dtype, sharding):
+        return brief(choice)
+    return (
+        f"{brief(choice)}; a step of one token attends inside the layers' kernel, but for the last "
+        "layer"
+    )
 
 
 def make_sharding(
