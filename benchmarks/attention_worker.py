@@ -7,6 +7,7 @@ a process of its own. The asking side takes turns, so that they never measure at
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import queue
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+LAST_WORDS_S = 10.0
 KEPT_LINES = 20  # of what a worker says on stderr, to explain its end
 
 
@@ -60,6 +62,9 @@ class Worker:
             self.stop()
             raise WorkerError(self._explain(f"gave no answer in {timeout_s:.0f} s")) from None
         if answer is None:
+            # Its pipe closes before it says why it ends.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_WORDS_S)
             self.stop()
             raise WorkerError(self._explain("ended"))
         found = json.loads(answer)
