@@ -27,15 +27,20 @@ ROW = plgpu.Layout.WGMMA.reduce(0)
 LINE = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 # Of values, in one slot.
 _SLOT_BYTES = 8
+# From one slot of a thread to its next, in bytes.
+_DISTANCE = 16 * THREADS
+_INT_BYTES = 4
 # Slots that a thread polls together: each costs four registers.
 _AT_ONCE = 16
 
-_STORE = """{
+# Each thread's slots stand at constant distances from its first one: only that one's address is
+# computed, and the distances are part of the instructions.
+_STORE = """{{
 .reg .b64 a, b;
-mov.b64 a, {$1, $3};
-mov.b64 b, {$2, $3};
-st.relaxed.sys.global.v2.b64 [$0], {a, b};
-}"""
+mov.b64 a, {{$1, $3}};
+mov.b64 b, {{$2, $3}};
+st.relaxed.sys.global.v2.b64 [$0+{offset}], {{a, b}};
+}}"""
 _STORE_WORD = """{
 .reg .b64 a;
 mov.b64 a, {$1, $2};
@@ -50,7 +55,7 @@ setp.ne.u32 is_odd, last_bit, 0;
 mov.b64 a, {$1, $2};
 @!is_odd st.relaxed.sys.global.b64 [$0], a;
 }"""
-_LOAD = """ld.relaxed.sys.global.v2.b64 {{a, b}}, [{address}];
+_LOAD = """ld.relaxed.sys.global.v2.b64 {{a, b}}, [{place}];
 mov.b64 {{word{low}, turn}}, a;
 xor.b32 turn, turn, {turn};
 or.b32 late, late, turn;
@@ -58,16 +63,19 @@ mov.b64 {{word{high}, turn}}, b;
 xor.b32 turn, turn, {turn};
 or.b32 late, late, turn;
 """
-_LOAD_WORD = """ld.relaxed.sys.global.b64 a, [{address}];
-mov.b64 {{word{low}, turn}}, a;
+# A line that is not there keeps its word, and is not late.
+_LOAD_LINE = """setp.gt.s32 is_there, {lines}, {number};
+mov.b64 a, {{word{i}, {turn}}};
+@is_there ld.relaxed.sys.global.b64 a, [{place}];
+mov.b64 {{word{i}, turn}}, a;
 xor.b32 turn, turn, {turn};
 or.b32 late, late, turn;
 """
 _POLL = """{{
-.reg .pred again;
+.reg .pred again, is_there;
 .reg .b64 a, b;
 .reg .b32 turn, late, word<{count}>;
-poll:
+{first}poll:
 mov.b32 late, 0;
 {loads}setp.ne.b32 again, late, 0;
 @again bra poll;
@@ -88,8 +96,10 @@ def put(x: jax.Array, turn: jax.Array, refs: list[Any]) -> None:
         del context
         words = _words(x)
         for ref in refs:
-            for slot, (low, high) in zip(_slots(ref, x.layout), words, strict=True):
-                utils.inline_ptx(_STORE, slot, low, high, turn.registers.item())
+            slot = _first_slot(ref)
+            for i, pair in enumerate(words):
+                text = _STORE.format(offset=i * _DISTANCE)
+                utils.inline_ptx(text, slot, *pair, turn.registers.item())
 
     store(x, turn, *refs)
 
@@ -107,11 +117,13 @@ def take(turn: jax.Array, refs: list[Any], kind: jax.ShapeDtypeStruct) -> list[j
         del context
         lanes = layout.to_mgpu()
         values = lanes.registers_element_type(utils.dtype_to_ir_type(kind.dtype))
-        slots = [slot for ref in refs for slot in _slots(ref, lanes)]
+        slots = [_first_slot(ref) for ref in refs]
+        (count,) = lanes.registers_shape(kind.shape)
+        places = [(i, j * _DISTANCE) for i in range(len(refs)) for j in range(count)]
         words = [
             pair
-            for first in range(0, len(slots), _AT_ONCE)
-            for pair in _poll(slots[first : first + _AT_ONCE], turn.registers.item())
+            for first in range(0, len(places), _AT_ONCE)
+            for pair in _poll(slots, places[first : first + _AT_ONCE], turn.registers.item())
         ]
         registers = _registers(words, values)
         # The turn is not over, and the next one not begun, before all threads have this one's.
@@ -170,31 +182,21 @@ def take_lines(
     )  # fmt: skip
     def load(context, turn, count, *refs):
         del context
-        count, thread = count.registers.item(), _thread()
-        numbers = [mgpu.c(i, _i32()) for i in range(most)]
-        # In place of lines that there are not, the last one is waited for.
-        last = arith.subi(count, mgpu.c(1, _i32()))
-        offsets = [
-            arith.muli(arith.minui(number, last), mgpu.c(distance, _i32())) for number in numbers
-        ]
-        places = [
-            utils.getelementptr(_word(ref, thread), [offset], _i32())
-            for ref in refs
-            for offset in offsets
-        ]
-        words = _poll_words(places, turn.registers.item())
-        is_there = [arith.cmpi(arith.CmpIPredicate.ult, number, count) for number in numbers]
-        return [_line(is_there[i % most], word, fills[i // most]) for i, word in enumerate(words)]
+        places = [_word(ref, _thread()) for ref in refs]
+        found = _poll_lines(
+            places, turn.registers.item(), count.registers.item(), fills, most, distance
+        )
+        return [_line(value) for value in found]
 
     lines = load(turn, count, *refs)
     return [lines[i : i + most] for i in range(0, len(lines), most)]
 
 
-def _line(is_there, word, fill):
-    """A word as this thread's value of a line."""
-    f32 = ir.F32Type.get()
-    value = arith.select(is_there, arith.bitcast(f32, word), mgpu.c(fill, f32))
-    registers = np.array([vector.from_elements(ir.VectorType.get((1,), f32), [value])], object)
+def _line(value):
+    """This thread's value of a line."""
+    registers = np.array(
+        [vector.from_elements(ir.VectorType.get((1,), value.type), [value])], object
+    )
     return mgpu.FragmentedArray(_registers=registers, _layout=LINE.to_mgpu(), _is_signed=None)
 
 
@@ -236,12 +238,9 @@ def _registers(words, kind):
     return np.array([vector.bitcast(kind, pair) for pair in pairs], dtype=object)
 
 
-def _slots(ref: ir.Value, layout: Any) -> list[ir.Value]:
-    """Addresses of this thread's slots."""
-    i8, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 64))
-    base, width = utils.memref_ptr(ref), mgpu.c(2 * _SLOT_BYTES // layout.vec_size, i64)
-    offsets = [arith.index_cast(i64, element) for element in layout.linear_thread_idxs()]
-    return [utils.getelementptr(base, [arith.muli(x, width)], i8) for x in offsets]
+def _first_slot(ref):
+    """Address of this thread's first slot; the next ones follow at _DISTANCE bytes."""
+    return _word(ref, arith.muli(_thread(), mgpu.c(2, _i32())))
 
 
 def _word(ref, index):
@@ -249,28 +248,57 @@ def _word(ref, index):
     return utils.getelementptr(utils.memref_ptr(ref), [index], ir.IntegerType.get_signless(64))
 
 
-def _poll(slots: list[ir.Value], turn: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
-    """The two words in each of these slots, once all are of this turn."""
-    words = _wait(_LOAD, slots, turn, 2 * len(slots))
+def _poll(
+    slots: list[ir.Value], places: list[tuple[int, int]], turn: ir.Value
+) -> list[tuple[ir.Value, ir.Value]]:
+    """The two words in each of these places, once all are of this turn.
+
+    places: which of the addresses, and so many bytes on."""
+    count = 2 * len(places)
+    loads = [
+        _LOAD.format(
+            low=2 * i, high=2 * i + 1, turn=f"${count}", place=f"${count + 1 + slot}+{offset}"
+        )
+        for i, (slot, offset) in enumerate(places)
+    ]
+    words = _wait("", loads, [_i32()] * count, turn, *slots)
     return list(zip(words[::2], words[1::2], strict=True))
 
 
-def _poll_words(places: list[ir.Value], turn: ir.Value) -> list[ir.Value]:
-    """The word in each of these places, once all are of this turn."""
-    return _wait(_LOAD_WORD, places, turn, len(places))
-
-
-def _wait(load: str, places: list[ir.Value], turn: ir.Value, count: int) -> list[ir.Value]:
-    each = count // len(places)
+def _poll_lines(
+    places: list[ir.Value], turn: ir.Value, lines: ir.Value, fills: list[float], most: int,
+    distance: int,
+) -> list[ir.Value]:  # fmt: skip
+    """The values in `most` lines behind each of these places, once all `lines` of them that there
+    are are of this turn; of the others the place's fill. Arguments are those of `take_lines`."""
+    count = most * len(places)
+    numbers = [(i, *divmod(i, most)) for i in range(count)]
+    first = [f"mov.b32 word{i}, {_bits(fills[place])};\n" for i, place, _ in numbers]
     loads = [
-        load.format(low=each * i, high=each * i + 1, turn=f"${count}", address=f"${count + 1 + i}")
-        for i in range(len(places))
-    ]
-    results = [f"mov.b32 ${i}, word{i};\n" for i in range(count)]
-    text = _POLL.format(count=count, loads="".join(loads), results="".join(results))
-    return utils.inline_ptx(
-        text, turn, *places, result_types=[_i32()] * count, has_side_effects=True
+        _LOAD_LINE.format(
+            i=i, number=number, turn=f"${count}", lines=f"${count + 1}",
+            place=f"${count + 2 + place}+{number * distance * _INT_BYTES}",
+        )
+        for i, place, number in numbers
+    ]  # fmt: skip
+    kinds = [ir.F32Type.get()] * count
+    return _wait("".join(first), loads, kinds, turn, lines, *places)
+
+
+def _wait(
+    first: str, loads: list[str], kinds: list[ir.Type], *operands: ir.Value
+) -> list[ir.Value]:
+    """The words, of these kinds, that the loads find when none of them is late."""
+    results = [f"mov.b32 ${i}, word{i};\n" for i in range(len(kinds))]
+    text = _POLL.format(
+        count=len(kinds), first=first, loads="".join(loads), results="".join(results)
     )
+    return utils.inline_ptx(text, *operands, result_types=kinds, has_side_effects=True)
+
+
+def _bits(value: float) -> str:
+    """A float32 as PTX writes the bits of a word."""
+    return f"0x{np.float32(value).view(np.uint32):08x}"
 
 
 def _pair() -> ir.Type:
