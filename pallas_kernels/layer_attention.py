@@ -28,8 +28,8 @@ from jaxdecode.pallas_kernels.chunk_kernel import (
 )
 from jaxdecode.pallas_kernels.layer_config import COLUMNS, ROWS, TILES, LayerConfig
 from jaxdecode.pallas_kernels.layer_tiles import MOST_IN_FLIGHT, Loaded, Scratch, load_tile
-from jaxdecode.pallas_kernels.mosaic import THREADS, reduce_tree, store_in_shared
-from jaxdecode.pallas_kernels.slots import LINE, put_line, take_lines
+from jaxdecode.pallas_kernels.mosaic import THREADS, reduce_tree
+from jaxdecode.pallas_kernels.slots import LINE, put_columns, put_line, take_lines
 from jaxdecode.pallas_kernels.store_kernel import gather, normalised
 
 # Chunks of a query head that are taken together.
@@ -105,20 +105,15 @@ def attend_chunk(
     sums = attend_tiles(chunk, slots, heads.q, 0, ring, attention)
 
     def tell(sums):
+        _, chunks, kinds, columns = config.chunks_shape
+        head = chunk.h * attention.block_g
+        row = lax.rem(head, jnp.int32(attention.rows))
+        split = lax.div(block, jnp.int32(_kv_heads(attend)))
+        lines = _line(chunks_ref, (head - row, split, 0), config)
+        # The log-sum-exp beside each column, so that who merges them has it in every thread.
+        distance = 2 * chunks * kinds * columns
         out, lse = normalised(sums, attention)
-        scratch.sums[pl.ds(0, attention.rows)] = lse
-        out = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
-        store_in_shared(heads.out.transpose((1, 0)), out, optimized=False)
-        for g in range(attention.block_g):
-            head = chunk.h * attention.block_g + g
-            row = lax.rem(head, jnp.int32(attention.rows))
-            of_head = plgpu.load(heads.out.at[row], layout=LINE)
-            # Beside each column, so that who merges them has it in every thread.
-            of_lse = lax.broadcast_in_dim(scratch.sums[row], (THREADS,), ())
-            of_lse = plgpu.layout_cast(of_lse, LINE)
-            place = head, lax.div(block, jnp.int32(_kv_heads(attend)))
-            for j, line in enumerate((of_head, of_lse)):
-                put_line(line, turn, _line(chunks_ref, (*place, j), config))
+        put_columns(out, lse, turn, lines, row, attention.block_g, distance)
 
     @pl.when(block < _kv_heads(attend) * attention.num_splits)
     def _():

@@ -41,11 +41,10 @@ class Scratch(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Query heads of a KV head, the softmax weights of a tile, and the heads' results."""
+    """Query heads of a KV head, and the softmax weights of a tile."""
 
     q: Any
     p: Any
-    out: Any
 
 
 class Loaded(NamedTuple):
@@ -104,7 +103,6 @@ def allocate(dtype: Any, config: LayerConfig) -> Scratch:
         heads = Heads(
             q=plgpu.SMEM((rows, COLUMNS), dtype, transforms=tiled),
             p=plgpu.SMEM((rows, ROWS), dtype, transforms=tiled),
-            out=plgpu.SMEM((rows, COLUMNS), jnp.float32),
         )
         x = plgpu.RefUnion(x, heads)
     return Scratch(

@@ -30,6 +30,8 @@ _SLOT_BYTES = 8
 # From one slot of a thread to its next, in bytes.
 _DISTANCE = 16 * THREADS
 _INT_BYTES = 4
+# A word and its turn.
+_WORD_BYTES = 8
 # Slots that a thread polls together: each costs four registers.
 _AT_ONCE = 16
 
@@ -55,6 +57,19 @@ setp.ne.u32 is_odd, last_bit, 0;
 mov.b64 a, {$1, $2};
 @!is_odd st.relaxed.sys.global.b64 [$0], a;
 }"""
+_STORE_COLUMNS = """{{
+.reg .pred has_low, has_high;
+.reg .b32 next;
+.reg .b64 a;
+add.u32 next, $1, 1;
+setp.lt.u32 has_low, $1, {count};
+setp.lt.u32 has_high, next, {count};
+{stores}}}"""
+_STORE_OF_TWO_COLUMNS = """mov.b64 a, {{${low}, $2}};
+@has_low st.relaxed.sys.global.b64 [$0+{at_low}], a;
+mov.b64 a, {{${high}, $2}};
+@has_high st.relaxed.sys.global.b64 [$0+{at_high}], a;
+"""
 _LOAD = """ld.relaxed.sys.global.v2.b64 {{a, b}}, [{place}];
 mov.b64 {{word{low}, turn}}, a;
 xor.b32 turn, turn, {turn};
@@ -158,6 +173,59 @@ def put_line(x: jax.Array, turn: jax.Array, ref: Any) -> None:
     store(x, turn, ref)
 
 
+def put_columns(
+    matrix: jax.Array, row: jax.Array, turn: jax.Array, ref: Any, first: Any, count: int,
+    distance: int,
+) -> None:  # fmt: skip
+    """Writes columns of a matrix as lines, and behind each a line of what the row says of it. The
+    threads write what they have of the tensor cores' result: nothing goes through shared memory.
+
+    Args:
+      matrix: [THREADS, 8] float32, laid out as WGMMA. row: [8] float32, laid out as ROW.
+      ref: Ref of the slots of column 0's line. The next column's begin `distance` elements on.
+      first, count: first <= column < first + count are written.
+    """
+    arg_types = plgpu.Layout.WGMMA, ROW, *[plgpu.Layout.WG_SPLAT] * 2, plgpu.RefType()
+
+    @plgpu.inline_mgpu(arg_types=arg_types)
+    def store(context, matrix, row, turn, first, ref):
+        del context
+        # A warp has 16 of 64 rows. A thread has one and the eighth behind it, of two columns.
+        rows = [tile + half for tile in range(0, THREADS, 64) for half in (0, 8)]
+        places = [line + row for line in (0, THREADS) for row in rows]
+        registers = [*matrix.registers.flat, *[row.registers.item()] * len(rows)]
+        stores = [
+            _STORE_OF_TWO_COLUMNS.format(
+                low=3 + 2 * i, at_low=_WORD_BYTES * place,
+                high=4 + 2 * i, at_high=_WORD_BYTES * place + _INT_BYTES * distance,
+            )
+            for i, place in enumerate(places)
+        ]  # fmt: skip
+        words = [word for register in registers for word in words_of(register)]
+        row, column = _first_of_matrix()
+        words_between = mgpu.c(_INT_BYTES * distance // _WORD_BYTES, _i32())
+        place = arith.addi(arith.muli(column, words_between), row)
+        number = arith.subi(column, first.registers.item())
+        text = _STORE_COLUMNS.format(count=count, stores="".join(stores))
+        utils.inline_ptx(text, _word(ref, place), number, turn.registers.item(), *words)
+
+    store(matrix, row, turn, first, ref)
+
+
+def _first_of_matrix():
+    """Row and column of the first of this thread's elements of a matrix laid out as WGMMA."""
+    lane, warp = _divided(_thread(), 32)
+    column, row = _divided(lane, 4)
+    rows_before = arith.muli(warp, mgpu.c(16, _i32()))
+    return arith.addi(rows_before, row), arith.muli(column, mgpu.c(2, _i32()))
+
+
+def _divided(number, divisor):
+    """Remainder and quotient."""
+    divisor = mgpu.c(divisor, _i32())
+    return arith.remui(number, divisor), arith.divui(number, divisor)
+
+
 def take_lines(
     turn: jax.Array, refs: list[Any], fills: list[float], most: int, count: Any, distance: int
 ) -> list[list[jax.Array]]:
@@ -182,7 +250,8 @@ def take_lines(
     )  # fmt: skip
     def load(context, turn, count, *refs):
         del context
-        places = [_word(ref, _thread()) for ref in refs]
+        thread = _thread()
+        places = [_word(ref, thread) for ref in refs]
         found = _poll_lines(
             places, turn.registers.item(), count.registers.item(), fills, most, distance
         )
@@ -220,7 +289,8 @@ def any_row(matrix: jax.Array) -> jax.Array:
 
 def _thread():
     """Number of a thread in its warpgroup."""
-    return arith.remui(utils.thread_idx(), mgpu.c(THREADS, _i32()))
+    (element,) = LINE.to_mgpu().linear_thread_idxs()
+    return arith.index_cast(_i32(), element)
 
 
 def words_of(register: ir.Value) -> list[ir.Value]:

@@ -33,6 +33,7 @@ KERNEL_TESTS = [
     "test_read_kernel.py",
     "test_rope_append.py",
     "test_rope_append_gpu.py",
+    "test_slots.py",
 ]
 SEVERAL_GPUS = ["test_mailboxes_gpu.py", "test_peer_gpu.py"]
 collect_ignore = KERNEL_TESTS if jax.__version_info__ < (0, 11, 2) else []
