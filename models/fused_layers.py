@@ -1,16 +1,15 @@
 """The layers of a step of one token on one GPU, with one kernel from each attention to the next.
 
-The arithmetic is that of the modules in llama.py, which run what is before the first attention and
-behind the last one.
+The arithmetic is that of the modules in llama.py, which run what is before the first attention.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 
 from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.pallas_kernels import fused_layer
@@ -46,33 +45,36 @@ def run_layers(
       x: [1, 1, D], the residual stream. result: what is added to it first.
 
     Returns:
-      (x, what the last layer adds to it, cache).
+      (x, what is yet to be added to it: nothing; cache).
     """
-    between = [_weights_between(*pair) for pair in itertools.pairwise(blocks)]
     x, normed = blocks[0].attn_norm(x, result, step)
     q, kv = blocks[0].attn.project(normed, step)
     q, cache = blocks[0].attn.append(q, kv, cache, step)
     slots = None
-    for turn, weights in enumerate(between, 1):
-        block, following = blocks[turn - 1], blocks[turn].attn
+    # The first layer stands for the one that the last does not have behind it.
+    for turn, (block, following) in enumerate(
+        zip(blocks, [*blocks[1:], blocks[0]], strict=True), 1
+    ):
+        weights, is_last = _weights_between(block, following), turn == len(blocks)
         attention = _attention(block, weights, q, cache, step)
         if slots is None:
             slots = fused_layer.new_slots(attention, weights)
         operands = attention, x.reshape(-1), weights, slots, turn, block.mlp_norm.eps
-        keys, values = cache.keys[following.layer], cache.values[following.layer]
+        layer = following.attn.layer
+        keys, values = cache.keys[layer], cache.values[layer]
         if fused_layer.can_append(weights, keys):
             append = fused_layer.Append(
                 step.cos, step.sin, cache.slots(1, step.num_tokens), keys, values
             )
-            row, q, keys, values, slots = fused_layer.run(*operands, append)
-            cache = cache.with_layer(following.layer, keys, values)
+            row, q, keys, values, slots = fused_layer.run(*operands, append, is_last=is_last)
+            cache = cache.with_layer(layer, keys, values)
         else:
-            row, projected, slots = fused_layer.run(*operands)
+            row, projected, slots = fused_layer.run(*operands, is_last=is_last)
             q, kv = projected[: q.size].reshape(q.shape), projected[q.size :].reshape(kv.shape)
-            q, cache = following.append(q, kv, cache, step)
+            if not is_last:
+                q, cache = following.attn.append(q, kv, cache, step)
         x = row.reshape(x.shape)
-    attended = blocks[-1].attn.attend(q, cache, step)
-    return *blocks[-1].finish(x, attended, step), cache
+    return x, result._replace(x=jnp.zeros_like(x)), cache
 
 
 def _attention(

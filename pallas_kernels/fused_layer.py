@@ -143,9 +143,13 @@ def can_append(weights: LayerWeights, keys: Any) -> bool:
 
 def run(
     attention: Array | Attend, x: Array, weights: LayerWeights, slots: Array, turn: int | Array,
-    eps: float, append: Append | None = None,
+    eps: float, append: Append | None = None, *, is_last: bool = False,
 ) -> tuple[Array, ...]:  # fmt: skip
     """One token's way from an attention, or its result, to the next layer's projections.
+
+    The last layer of a model has none to go to. To share the kernel with the others it is called as
+    they are, with the projections and the cache of any other layer, and told that it is the last:
+    its projections are then anything, and caches what they were.
 
     The kernel rounds where `plain` does, except that it does not round silu(gate), whose
     exponential is approximate; and it adds up products in another order. The call is for weights
@@ -161,12 +165,14 @@ def run(
       turn: above 0, and another one in each call that has these slots.
       eps: of the norms.
       append: if `can_append`, and projections are the weights of queries, and of keys and values.
+      is_last: whether only x is wanted.
 
     Returns:
       (x [D] for the next layer, its projections [P] one after the other, slots). With `append`:
       (x, queries [1, 1, N, H] rotated, keys, values, slots).
     """
-    operands = attention, x, weights, append, slots, jnp.full(1, turn, jnp.int32)
+    numbers = jnp.array([turn, int(not is_last)], jnp.int32)
+    operands = attention, x, weights, append, slots, numbers
     leaves, structure = jax.tree.flatten(operands)
 
     def of_leaves(call):
@@ -185,8 +191,7 @@ def plain(
     attention: Array | Attend, x: Array, weights: LayerWeights, append: Append | None,
     slots: Array, turn: Array, *, eps: float,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """`run` for any device."""
-    del turn
+    """`run` for any device. turn: of `layer_kernel.layer`."""
     weights = _matrices(weights)
     attended = _attended(attention) if isinstance(attention, Attend) else attention
     x, normed = _add_and_norm(x, attended @ weights.o, weights.mlp_scale, eps)
@@ -199,6 +204,7 @@ def plain(
     K, H = append.keys.shape[2:]
     heads = projected.reshape(1, 1, -1, H)
     q, kv = heads[:, :, : -2 * K], heads[:, :, -2 * K :].reshape(1, 1, 2, K, H)
+    append = append._replace(slots=jnp.where(turn[1] == 0, -1, append.slots))
     return x, *rope_append.plainly(q, kv, *append), slots
 
 

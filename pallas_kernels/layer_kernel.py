@@ -101,7 +101,8 @@ def layer(
       attention: [N * H], the heads' results, or how they come about: as `config` has it.
       x: [D], the residual stream.
       weights: `fused_layer.LayerWeights`.
-      turn: int32 [1], above 0, another one in each launch that has these slots.
+      turn: int32 [2], above 0, and another one in each launch that has these slots; and 0 if no
+        projections are made, which are then anything.
       slots: Ref of int32 [sum(config.slots)], zero before the first launch.
       append: where the next layer's keys and values go, if its projections are queries, and keys
         and values of heads of COLUMNS columns.
@@ -139,6 +140,7 @@ def _layer_kernel(
     weights = ((o_ref,), (gate_up_ref,), (down_ref,), next_refs)
     jobs = [Job(*each) for each in zip(config.products, weights, parts, strict=True)]
     block, warpgroup = map(lax.axis_index, ("block", "warpgroup"))
+    projects = turn_ref[1] != 0
 
     @pl.when(warpgroup == 0)
     def _consume():
@@ -159,16 +161,24 @@ def _layer_kernel(
         step = gate_up.run(step, functools.partial(_gate, hidden))
         add = functools.partial(_add_to_residual, following, new_x_ref)
         step = down.run(step, add, hidden, scratch.residual)
-        projections.take_normed(following, next_scale_ref)
-        projections.run(step, finish)
+
+        @pl.when(projects)
+        def _():
+            projections.take_normed(following, next_scale_ref)
+            projections.run(step, finish)
 
     @pl.when(warpgroup == 1)
     def _produce():
         so_far = Loaded(jnp.int32(0), jnp.int32(0))
         if config.attention is not None:
             so_far = stream_cache(attention, block, so_far, scratch, config)
-        for job in jobs:
+        *others, of_next = jobs
+        for job in others:
             so_far = stream_share(job, block, so_far, scratch, config)
+
+        @pl.when(projects)
+        def _():
+            stream_share(of_next, block, so_far, scratch, config)
 
 
 def _areas(slots_ref, config):

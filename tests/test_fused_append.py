@@ -5,6 +5,8 @@ The letters are those of fused_layer.py; S is the capacity of the cache.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,10 +42,10 @@ def append_to(weights, slot: int, dtype=None, seed: int = 0) -> Append:
     return Append(cos, sin, jnp.full((1, 1), slot, jnp.int32), keys, values)
 
 
-def appended(attended, x, weights, append):
+def appended(attended, x, weights, append, is_last=False):
     """x, queries, keys and values."""
     slots = fused_layer.new_slots(attended, weights)
-    return fused_layer.run(attended, x, weights, slots, 1, EPS, append)[:4]
+    return fused_layer.run(attended, x, weights, slots, 1, EPS, append, is_last=is_last)[:4]
 
 
 def apart(attended, x, weights, append):
@@ -66,6 +68,16 @@ def test_appends_as_the_formula_apart(traced, slot):
         np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (one, other)))
     was_written = [bool((a != b).any()) for a, b in zip(found[2:], append[3:], strict=True)]
     assert was_written == [0 <= slot < S] * 2
+
+
+def test_the_last_layer_appends_nothing(traced):
+    attended, x, weights = operands("small")
+    append = append_to(weights, 5)
+    found, _, *caches = appended(attended, x, weights, append, is_last=True)
+    expected, *_ = run_once(attended, x, weights)
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (found, expected)))
+    for cache, before in zip(caches, append[3:], strict=True):
+        assert not (cache != before).any()
 
 
 def test_gradients_reach_the_cache(traced):
@@ -99,3 +111,21 @@ def test_lowers_for_cuda(pretend_gpu, name, cache_dtype):
     attended, x, weights = structs(name)
     append = jax.eval_shape(lambda: append_to(weights, 0, cache_dtype))
     assert kernels_in(appended, attended, x, weights, append) == (1, 1)
+
+
+@with_kernels
+def test_the_last_layer_shares_the_kernel_of_the_others(pretend_gpu):
+    attended, x, weights = structs("small")
+    append = jax.eval_shape(lambda: append_to(weights, 0))
+    slots = jax.eval_shape(lambda: fused_layer.new_slots(attended, weights))
+
+    def two(attended, x, weights, append, slots, eps=EPS):
+        first = attended, x, weights, slots, 1, EPS
+        x, _, keys, values, slots = fused_layer.run(*first, append)
+        then = attended, x, weights, slots, 2, eps
+        append = append._replace(keys=keys, values=values)
+        return fused_layer.run(*then, append, is_last=True)
+
+    assert kernels_in(two, attended, x, weights, append, slots) == (1, 1)
+    others = functools.partial(two, eps=1e-3)
+    assert kernels_in(others, attended, x, weights, append, slots) == (2, 2)

@@ -77,7 +77,7 @@ def test_a_model_says_the_same_with_and_without(monkeypatch, traced, config):
     assert calls == []
     monkeypatch.setattr(fused_layers, "why_not", lambda *_: None)
     found, filled = step_by_step(model)
-    assert calls == [(1, config is WHOLE), (2, config is WHOLE)]
+    assert calls == [(turn, config is WHOLE) for turn in (1, 2, 3)]
     exact = naive_logits(model.params(), config, TOKENS)
     assert_close(found, expected, exact)
     assert abs(found - expected).max() <= 1e-2 * abs(exact).max()
@@ -111,11 +111,11 @@ def test_which_steps_are_fused(pretend_gpu):
     assert "['float32']" in fused_layers.why_not(wide.layers, one.astype("float32"), step)
 
 
-def kernels_of_a_step(model: Llama) -> tuple[int, int]:
+def kernels_of_a_step(model: Llama, implementation: str | None = "xla") -> tuple[int, int]:
     graph, state = nnx.split(model)
 
     def step(state, token, cache):
-        return nnx.merge(graph, state)(token, cache, implementation="xla")
+        return nnx.merge(graph, state)(token, cache, implementation=implementation)
 
     one = jnp.zeros((1, 1), jnp.int32)
     return kernels_in(step, state, one, model.init_cache(1, 128))
@@ -133,3 +133,11 @@ def test_layers_share_a_lowering(monkeypatch, pretend_gpu):
     assert kernels_of_a_step(model)[1] == 2
     monkeypatch.setattr(fused_layers, "why_not", lambda *_: "not here")
     assert kernels_of_a_step(model)[1] == 0
+
+
+@with_kernels
+def test_a_step_has_no_kernels_that_only_attend(pretend_gpu):
+    """Beside the layers' there are the first layer's norm and what rotates and appends. Where the
+    layers' kernel cannot attend, two more split the cache and combine the parts."""
+    assert kernels_of_a_step(make_model(WHOLE), None) == (3, 1)
+    assert kernels_of_a_step(make_model(CONFIG), None) == (5, 1)
