@@ -135,12 +135,12 @@ def take(turn: jax.Array, refs: list[Any], kind: jax.ShapeDtypeStruct) -> list[j
         slots = [_first_slot(ref) for ref in refs]
         (count,) = lanes.registers_shape(kind.shape)
         places = [(i, j * _DISTANCE) for i in range(len(refs)) for j in range(count)]
-        words = [
-            pair
+        found = [
+            value
             for first in range(0, len(places), _AT_ONCE)
-            for pair in _poll(slots, places[first : first + _AT_ONCE], turn.registers.item())
+            for value in _poll(slots, places[first : first + _AT_ONCE], turn.registers.item())
         ]
-        registers = _registers(words, values)
+        registers = np.array([utils.bitcast(value, values) for value in found], object)
         # The turn is not over, and the next one not begun, before all threads have this one's.
         utils.warpgroup_barrier()
         return [
@@ -302,12 +302,6 @@ def _words(x):
     return [words_of(vector.bitcast(_pair(), values)) for values in x.registers.flat]
 
 
-def _registers(words, kind):
-    """Registers of this type, each made of two words."""
-    pairs = [vector.from_elements(_pair(), pair) for pair in words]
-    return np.array([vector.bitcast(kind, pair) for pair in pairs], dtype=object)
-
-
 def _first_slot(ref):
     """Address of this thread's first slot; the next ones follow at _DISTANCE bytes."""
     return _word(ref, arith.muli(_thread(), mgpu.c(2, _i32())))
@@ -318,21 +312,20 @@ def _word(ref, index):
     return utils.getelementptr(utils.memref_ptr(ref), [index], ir.IntegerType.get_signless(64))
 
 
-def _poll(
-    slots: list[ir.Value], places: list[tuple[int, int]], turn: ir.Value
-) -> list[tuple[ir.Value, ir.Value]]:
-    """The two words in each of these places, once all are of this turn.
+def _poll(slots: list[ir.Value], places: list[tuple[int, int]], turn: ir.Value) -> list[ir.Value]:
+    """The eight bytes of values in each of these places, once all are of this turn.
 
     places: which of the addresses, and so many bytes on."""
-    count = 2 * len(places)
+    count = len(places)
     loads = [
         _LOAD.format(
             low=2 * i, high=2 * i + 1, turn=f"${count}", place=f"${count + 1 + slot}+{offset}"
         )
         for i, (slot, offset) in enumerate(places)
     ]
-    words = _wait("", loads, [_i32()] * count, turn, *slots)
-    return list(zip(words[::2], words[1::2], strict=True))
+    results = [f"mov.b64 ${i}, {{word{2 * i}, word{2 * i + 1}}};\n" for i in range(count)]
+    kinds = [ir.IntegerType.get_signless(64)] * count
+    return _wait("", loads, results, kinds, 2 * count, turn, *slots)
 
 
 def _poll_lines(
@@ -352,17 +345,16 @@ def _poll_lines(
         for i, place, number in numbers
     ]  # fmt: skip
     kinds = [ir.F32Type.get()] * count
-    return _wait("".join(first), loads, kinds, turn, lines, *places)
+    results = [f"mov.b32 ${i}, word{i};\n" for i in range(count)]
+    return _wait("".join(first), loads, results, kinds, count, turn, lines, *places)
 
 
 def _wait(
-    first: str, loads: list[str], kinds: list[ir.Type], *operands: ir.Value
-) -> list[ir.Value]:
-    """The words, of these kinds, that the loads find when none of them is late."""
-    results = [f"mov.b32 ${i}, word{i};\n" for i in range(len(kinds))]
-    text = _POLL.format(
-        count=len(kinds), first=first, loads="".join(loads), results="".join(results)
-    )
+    first: str, loads: list[str], results: list[str], kinds: list[ir.Type], words: int,
+    *operands: ir.Value,
+) -> list[ir.Value]:  # fmt: skip
+    """Results, of these kinds, of so many words that the loads find when none of them is late."""
+    text = _POLL.format(count=words, first=first, loads="".join(loads), results="".join(results))
     return utils.inline_ptx(text, *operands, result_types=kinds, has_side_effects=True)
 
 

@@ -130,7 +130,7 @@ def test_columns_of_a_matrix_become_lines(monkeypatch, first, count):
 
 def addresses(text, operands):
     """[loads or stores, threads]."""
-    results = len(re.findall(r"mov\.b32 \$", text))
+    results = len(re.findall(r"mov\.b(?:32|64) \$", text))
     found = re.findall(r"\[\$(\d+)\+?(\d*)\]", text)
     return np.array([in_threads(operands[int(i) - results]) + int(j or 0) for i, j in found])
 
