@@ -26,6 +26,7 @@ CI = os.environ.get("CI") == "true"
 KERNEL_TESTS = [
     "test_flash_decode.py",
     "test_flash_decode_lowering.py",
+    "test_fused_interpreted.py",
     "test_norm.py",
     "test_peer_kernels.py",
     "test_prefill.py",
