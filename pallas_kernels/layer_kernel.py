@@ -56,7 +56,7 @@ from jaxdecode.pallas_kernels.norm_kernel import normalised, rounded_sum
 from jaxdecode.pallas_kernels.slots import (
     LINE,
     ROW,
-    any_row,
+    line_of,
     put_line,
     slot_layout,
     take,
@@ -271,9 +271,7 @@ class _Work(NamedTuple):
 
     def _line(self, tile, acc):
         """A row of acc, a value for each thread."""
-        sums = self.scratch.sums.at[pl.ds(tile * COLUMNS, COLUMNS)]
-        sums[...] = any_row(acc)
-        return plgpu.load(sums, layout=LINE)
+        return line_of(acc, self.scratch.sums.at[pl.ds(tile * COLUMNS, COLUMNS)])
 
     def _finish(self, column, sums, finish):
         """Finishes a column block, or hands a part of one to the thread block that does."""

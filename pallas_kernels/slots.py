@@ -86,6 +86,8 @@ mov.b64 {{word{i}, turn}}, a;
 xor.b32 turn, turn, {turn};
 or.b32 late, late, turn;
 """
+_STORE_SHARED = "st.shared.v2.f32 [$0+{offset}], {{${low}, ${high}}};\n"
+_LOAD_SHARED = "ld.shared.f32 $0, [$1];"
 _POLL = """{{
 .reg .pred again, is_there;
 .reg .b64 a, b;
@@ -269,22 +271,36 @@ def _line(value):
     return mgpu.FragmentedArray(_registers=registers, _layout=LINE.to_mgpu(), _is_signed=None)
 
 
-def any_row(matrix: jax.Array) -> jax.Array:
-    """One of the rows of a matrix laid out as WGMMA whose rows are all the same. Every thread has
-    its part of one already."""
-    columns = matrix.shape[1]
-    returned = plgpu.ShapeDtypeStruct((columns,), matrix.dtype, layout=ROW)
+def line_of(matrix: jax.Array, shared_ref: Any) -> jax.Array:
+    """One of the rows of a matrix, which are all the same, as a line. Each warp has all of its
+    columns, but not each where its thread is.
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=returned)
-    def pick(context, matrix):
+    Args:
+      matrix: [64, THREADS] float32, laid out as WGMMA.
+      shared_ref: Ref of [THREADS] float32 in shared memory, that the threads exchange it in.
+    """
+    returned = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=LINE)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=returned)
+    def exchange(context, matrix, ref):
         del context
-        layout = ROW.to_mgpu()
-        shape = layout.registers_shape((columns,))
-        # Column tiles, and in each two halves of the rows.
-        registers = matrix.registers.reshape(shape[0], 2)[:, 0].reshape(shape)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        # Of every eight columns a thread has two, in each of two halves of the rows.
+        words = [word for pair in matrix.registers.flat[::2] for word in words_of(pair)]
+        stores = [
+            _STORE_SHARED.format(low=1 + i, high=2 + i, offset=16 * i)
+            for i in range(0, len(words), 2)
+        ]
+        thread, base = _thread(), utils.memref_ptr(ref)
+        pair = arith.remui(thread, mgpu.c(4, _i32()))
+        place = utils.getelementptr(base, [pair], ir.IntegerType.get_signless(64))
+        own = utils.getelementptr(base, [thread], _i32())
+        utils.warpgroup_barrier()
+        utils.inline_ptx("".join(stores), place, *words)
+        utils.warpgroup_barrier()
+        kind = ir.F32Type.get()
+        return _line(utils.inline_ptx(_LOAD_SHARED, own, result_types=kind, has_side_effects=True))
 
-    return pick(matrix)
+    return exchange(matrix, shared_ref)
 
 
 def _thread():

@@ -30,7 +30,6 @@ OPERATIONS = {
     "arith.shrui": operator.rshift,
     "arith.index_cast": lambda x: x,
     "arith.index_castui": lambda x: x,
-    "llvm.getelementptr": lambda start, word: start + 8 * word,
 }
 
 
@@ -49,6 +48,9 @@ def in_threads(value, argument: int = 0) -> np.ndarray:
         return np.zeros(THREADS, int)
     if operation.name == "gpu.block_dim":
         return np.full(THREADS, THREADS)
+    if operation.name == "llvm.getelementptr":
+        start, index = (in_threads(x, argument) for x in operation.operands)
+        return start + index * (operation.attributes["elem_type"].value.width // 8)
     return OPERATIONS[operation.name](*(in_threads(x, argument) for x in operation.operands))
 
 
@@ -58,19 +60,20 @@ def elements(layout, shape):
     return np.array([[in_threads(x) for x in index] for index in indices])
 
 
-def inspected(monkeypatch, body, inspect):
+def inspected(monkeypatch, body, inspect, *scratch):
     """What inspect(text, operands) says of each assembly text that touches memory in a kernel
-    body(numbers_ref, slots_ref), while there is that kernel: operands are values in it."""
+    body(numbers_ref, slots_ref, *scratch), while there is that kernel: operands are values in it.
+    """
     found, emit = [], utils.inline_ptx
 
     def recorded(text, *operands, **options):
-        if ".relaxed." in text:
+        if re.search(r"(st|ld)\.(relaxed|shared)\.", text):
             found.append(inspect(text, operands))
         return emit(text, *operands, **options)
 
     def call(numbers, memory):
         ref = jax.new_ref(memory)
-        plgpu.kernel(body, out_type=())(numbers, ref)
+        plgpu.kernel(body, out_type=(), scratch_types=scratch)(numbers, ref)
         return jax.freeze(ref)
 
     monkeypatch.setattr(utils, "inline_ptx", recorded)
@@ -92,6 +95,7 @@ def sources(word):
 _COLUMN_STORE = re.compile(
     r"mov\.b64 a, {\$(\d+), \$2};\n@has_(low|high) st\.relaxed\.sys\.global\.b64 \[\$0\+(\d+)\]"
 )
+_SHARED_STORE = re.compile(r"st\.shared\.v2\.f32 \[\$0\+(\d+)\], {\$(\d+), \$(\d+)}")
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 8), (2, 2), (5, 1), (4, 4)])
@@ -128,9 +132,10 @@ def test_columns_of_a_matrix_become_lines(monkeypatch, first, count):
     assert memory == expected
 
 
-def addresses(text, operands):
+def addresses(text, operands, results=None):
     """[loads or stores, threads]."""
-    results = len(re.findall(r"mov\.b(?:32|64) \$", text))
+    if results is None:
+        results = len(re.findall(r"mov\.b(?:32|64) \$", text))
     found = re.findall(r"\[\$(\d+)\+?(\d*)\]", text)
     return np.array([in_threads(operands[int(i) - results]) + int(j or 0) for i, j in found])
 
@@ -176,3 +181,27 @@ def test_places_of_lines(monkeypatch):
     numbers = re.findall(r"setp\.gt\.s32 is_there, \$7, (\d);", taken[0])
     assert numbers == ["0", "1", "2"] * 2
     np.testing.assert_array_equal(put[1], [words])
+
+
+def test_a_row_becomes_a_line(monkeypatch):
+    def put(numbers_ref, slots_ref, shared_ref):
+        matrix = plgpu.layout_cast(jnp.ones((64, THREADS), jnp.float32), plgpu.Layout.WGMMA)
+        slots.put_line(slots.line_of(matrix, shared_ref), numbers_ref[0], slots_ref)
+
+    def inspect(text, operands):
+        """The columns that each address gets its value from, and the addresses of loads."""
+        if "ld.shared" in text:
+            return addresses(text, operands, results=1)
+        memory = {}
+        for offset, *words in _SHARED_STORE.findall(text):
+            start = in_threads(operands[0]) + int(offset or 0)
+            for i, word in enumerate(words):
+                for address, (_, column) in zip(
+                    start + 4 * i, sources(operands[int(word)]).T, strict=True
+                ):
+                    memory.setdefault(int(address), set()).add(int(column))
+        return memory
+
+    memory, loads, _ = inspected(monkeypatch, put, inspect, plgpu.SMEM((THREADS,), jnp.float32))
+    assert memory == {4 * column: {column} for column in range(THREADS)}
+    np.testing.assert_array_equal(loads, [4 * np.arange(THREADS)])
