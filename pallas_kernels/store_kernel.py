@@ -18,7 +18,6 @@ from jaxdecode.pallas_kernels.chunk_kernel import (
     Chunk,
     Scratch,
     across,
-    all_columns,
     first_row,
     keys_axis,
 )
@@ -83,9 +82,11 @@ def store_finished(
     """
     _, T, _, G, H = out_ref.shape
     t0, g0 = first_row(chunk.row_block, config)
-    # Where a part of what is staged has no place in the result, Mosaic must not find tiles for it.
-    fits = G % config.block_g == 0 and H % scratch.finished.shape[1] == 0
-    heads = config.block_g if fits else 1
+    width = min(H, scratch.finished.shape[1])
+    # Past the end of a head a copy would write over the next one.
+    has_padding = width < scratch.finished.shape[1]
+    # Rows go together where each of them has a place in the result.
+    heads = config.block_g if G % config.block_g == 0 and not has_padding else 1
     if sinks_ref is not None:
         first_head = chunk.h * G + g0
         sums = _with_sinks(sums, _sinks_of_rows(sinks_ref, first_head, config), config)
@@ -94,13 +95,13 @@ def store_finished(
     # Mosaic transposes without bank conflicts only to tiles of 8 rows, which stores must not cut.
     optimized = not config.transposed or heads % 8 == 0
     for column in _stage(out, scratch.finished, config, optimized):
-        columns = pl.ds(column, scratch.finished.shape[1])
-        if config.transposed:
-            columns = all_columns(chunk.h, config)
         for row in range(0, config.block_t * config.block_g, heads):
             t, g = t0 + row // config.block_g, g0 + row % config.block_g
-            rows = scratch.finished.at[pl.ds(row, heads)]
-            part = out_ref.at[chunk.b, t, chunk.h, pl.ds(g, heads), columns]
+            if has_padding:
+                rows, place = scratch.finished.at[row, pl.ds(0, width)], g
+            else:
+                rows, place = scratch.finished.at[pl.ds(row, heads)], pl.ds(g, heads)
+            part = out_ref.at[chunk.b, t, chunk.h, place, pl.ds(column, width)]
             copy = functools.partial(plgpu.copy_smem_to_gmem, rows, part)
             pl.when((t < T) & (g < G))(copy)
     lse_part = lse_ref.at[chunk.b, chunk.h, chunk.row_block]
