@@ -24,7 +24,7 @@ def attends_in_layers(
     config: LlamaConfig, dtype: Any, sharding: Sharding = _ONE_DEVICE, batch: int = 1
 ) -> bool:
     """Whether a step of one token for each of `batch` sequences attends in the layers' kernel, on
-    this machine, in all layers but the last; of a call that leaves the splits to flash_decode."""
+    this machine; of a call that leaves the splits to flash_decode."""
     if batch != 1 or config.num_layers < 2 or sharding.mesh is not None:
         return False
     shapes = param_shapes(config)

@@ -77,12 +77,15 @@ def how_divided(q: Any, k: Any, num_splits: int | None) -> str:
             f"{q.shape[1]} query tokens are more than {MOST_DECODE_TOKENS}, and by the measured "
             "crossover the wide-query kernel is the faster for them"
         )
+    merged = ""
+    if num_splits is None and flash_decode.merges_in_one(q.shape, k.shape):
+        merged = ", and merge in the same launch"
     if num_splits is None and q.shape[0] > 1:
         return (
             "the split-KV kernels follow a plan that divides the batch into equal work for the "
-            "multiprocessors"
+            f"multiprocessors{merged}"
         )
     chunks = choose_num_splits(q.shape, k.shape) if num_splits is None else num_splits
     if chunks == 1:
         return "the split-KV kernels leave each sequence whole"
-    return f"the split-KV kernels cut each sequence into {chunks} chunks"
+    return f"the split-KV kernels cut each sequence into {chunks} chunks{merged}"

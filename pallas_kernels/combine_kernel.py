@@ -1,14 +1,16 @@
-"""Step 2 of Flash-Decoding on Pallas Mosaic GPU: merging the chunks of query rows.
+"""Step 2 of Flash-Decoding in a launch of its own, on Pallas Mosaic GPU: merging the chunks of
+query rows.
 
 One thread block per query row weighs the chunks by their log-sum-exp. By plan that is only of rows
 that step 1 leaves: those of items that are cut and of idle sequences. Step 1 and the letters are in
 flash_decode_kernel.py.
 
-A launch of its own, 1.1 to 1.9 us, because that was the fastest for one sequence of 16/2 heads on
-an H200. In the launch of step 1, where the last block of a row merges: 1.5 to 2.3 us more, for a
-ticket needs memory that is zeroed first. Step 1 in clusters that merge through their shared memory:
-0.05 us more for 512 tokens, 0.7 for 4096, and at 65536 of 64/8 heads 1.9. Started early by
-programmatic dependent launch: 0.4 more.
+It takes 1.1 to 1.9 us, and is for what merge_kernel.py is not: many query rows, a number of splits
+that is asked for, batches of few sequences, GPUs on which not all thread blocks run at the same
+time. Other ways were slower, for 16/2 heads on an H200. The last block of a row merges: 1.5 to
+2.3 us more, for a ticket needs memory that is zeroed first. Step 1 in clusters that merge through
+their shared memory: 0.05 us more for 512 tokens, 0.7 for 4096, and at 65536 of 64/8 heads 1.9.
+Started early by programmatic dependent launch: 0.4 more.
 """
 
 from __future__ import annotations

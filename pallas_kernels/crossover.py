@@ -1,16 +1,12 @@
 """Which kernels serve a problem of which size: the crossover points, in one table.
 
-cuDNN is in no row of it, though for some batches of equal lengths it is the faster: in
-benchmarks/results/h200/attention.json, told no lengths of full caches, its kernels take 6.8 % less
-time than the split kernels for 64 sequences of 1024 tokens (16/2 heads), 5.6 % for 128 x 512, 1.8 %
-for 64 x 8192 and 0.4 % for 16 x 8192 (32/32); for other full caches 0.7 to 91 % more. But a call
-comes with lengths that only the device knows, and what sees nothing must get zeros. With lengths,
-and its empty rows zeroed, cuDNN took 24.5 us where the split kernels took 21.6 (256 x 256), 22.7
-and 21.3 (128 x 512), 21.4 and 20.8 (64 x 1024), 123.4 and 123.2 (64 x 8192), 473.7 and 475.4 (16 x
-8192, 32/32). That may win 2 % where lengths are equal (of a decoder's steps, in decode_batch.json,
-0.6 to 1.7 % for 8 to 64 x 8192) and loses much where they are not: the same file of attention has
-32 of 512 to 65536 tokens at 1.9 times the split kernels' time. The plan, which the layers of a step
-share, is not counted: 17 to 36 us for 16 to 1024 sequences.
+cuDNN is in no row of it, though told no lengths of full caches it is up to some percent faster for
+some batches (benchmarks/results/h200/attention.json). But a call comes with lengths that only the
+device knows, and what sees nothing must get zeros. With lengths, and its empty rows zeroed, cuDNN
+took 24.5 us for 256 sequences of 256 tokens (16/2 heads), 22.7 for 128 x 512, 21.4 for 64 x 1024,
+123.4 for 64 x 8192. That may win 2 % where lengths are equal, and loses much where they are not:
+for 32 of 512 to 65536 tokens almost half. The plan, which the layers of a step share, is not
+counted: 17 to 36 us for 16 to 1024 sequences.
 
 All points were measured on an H200 with bfloat16 and head_dim 128. They are rules of the shapes
 alone: an H100 has the same multiprocessors, and who finds other points there changes them here.

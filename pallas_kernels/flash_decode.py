@@ -16,7 +16,9 @@ from jaxdecode.pallas_kernels.kernel_call import differentiable
 from jaxdecode.pallas_kernels.split_config import (
     NUM_SMS,
     SplitConfig,
+    blocks_to_merge_in_one,
     choose_num_splits,
+    num_row_blocks,
     split_config,
 )
 from jaxdecode.pallas_kernels.split_plan import SplitPlan, make_plan
@@ -85,12 +87,28 @@ def attend(
 
 
 def _attend(q, k, v, lo, hi, sinks, *, scale, softcap, num_splits, out_dtype):
+    in_one = num_splits is None and merges_in_one(q.shape, k.shape)
     # One sequence needs no plan: equal chunks of it are equal work.
     if num_splits is None and q.shape[0] == 1:
         num_splits = choose_num_splits(q.shape, k.shape)
     config = split_config(q.shape, k.shape, num_splits, scale, softcap)
     plan = _plan(lo, hi, k.shape, config) if num_splits is None else None
-    return _forward(q, k, v, lo, hi, sinks, plan, config=config, out_dtype=out_dtype)
+    return _forward(q, k, v, lo, hi, sinks, plan, config=config, in_one=in_one, out_dtype=out_dtype)
+
+
+def merges_in_one(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
+    """Whether both steps are one launch here, for a call that asks for no number of splits. (For
+    one that does, a row's result must not depend on the batch around it, nor on its kernels.)
+
+    The launch's thread blocks wait for one another, so all must run at the same time on any GPU of
+    this process; a program that is exported from here is for such GPUs too. Where there is none,
+    nobody knows what the program will run on. Two processes that share a GPU by CUDA's MPS could
+    wait for ever: they ask for a number of splits."""
+    blocks = blocks_to_merge_in_one(q_shape, k_shape)
+    gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
+    if blocks is None or not gpus:
+        return False
+    return all(getattr(gpu, "core_count", 0) >= blocks for gpu in gpus)
 
 
 def _plan(lo: Array, hi: Array, k_shape: tuple[int, ...], config: SplitConfig) -> SplitPlan:
@@ -102,27 +120,38 @@ def _plan(lo: Array, hi: Array, k_shape: tuple[int, ...], config: SplitConfig) -
 
 # One jit for the module, so that equal calls, such as a model's layers, share one lowering. The
 # plan comes from outside of it, or each call would make its own.
-@functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
-def _forward(q, k, v, lo, hi, sinks, plan, *, config, out_dtype):
-    from jaxdecode.pallas_kernels import combine_kernel, flash_decode_kernel
+@functools.partial(jax.jit, static_argnames=("config", "in_one", "out_dtype"))
+def _forward(q, k, v, lo, hi, sinks, plan, *, config, in_one, out_dtype):
+    from jaxdecode.pallas_kernels import combine_kernel, flash_decode_kernel, part_slots
 
-    if plan is None:
-        partials = flash_decode_kernel.split_attention(q, k, v, lo, hi, config)
-        return combine_kernel.combine_splits(*partials, sinks, q.shape, out_dtype, config)
-    return _by_plan(q, k, v, lo, hi, sinks, plan, config, out_dtype)
+    if plan is not None:
+        return _by_plan(q, k, v, lo, hi, sinks, plan, config, in_one, out_dtype)
+    if in_one:
+        slots = part_slots.new_slots(config.num_splits * num_row_blocks(q.shape, k.shape), config)
+        return flash_decode_kernel.attention_in_one(
+            q, k, v, lo, hi, sinks, slots, out_dtype, config
+        )
+    partials = flash_decode_kernel.split_attention(q, k, v, lo, hi, config)
+    return combine_kernel.combine_splits(*partials, sinks, q.shape, out_dtype, config)
 
 
-def _by_plan(q, k, v, lo, hi, sinks, plan, config, out_dtype):
+def _by_plan(q, k, v, lo, hi, sinks, plan, config, in_one, out_dtype):
     """Step 1 stores the results of whole items itself; step 2 adds those of the others."""
-    from jaxdecode.pallas_kernels import combine_kernel, flash_decode_kernel
+    from jaxdecode.pallas_kernels import combine_kernel, part_slots, planned_kernel
 
     B, T, N, H = q.shape
-    to_combine, out, lse = flash_decode_kernel.planned_attention(
-        q, k, v, lo, hi, sinks, plan, out_dtype, config
-    )
-    out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-    combine_kernel.combine_planned(to_combine, sinks, out_ref, lse_ref, config)
-    out, lse = jax.freeze(out_ref), jax.freeze(lse_ref)
+    if in_one:
+        slots = part_slots.new_slots(2 * len(plan.blocks), config)
+        out, lse = planned_kernel.planned_attention_in_one(
+            q, k, v, lo, hi, sinks, slots, plan, out_dtype, config
+        )
+    else:
+        to_combine, out, lse = planned_kernel.planned_attention(
+            q, k, v, lo, hi, sinks, plan, out_dtype, config
+        )
+        out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
+        combine_kernel.combine_planned(to_combine, sinks, out_ref, lse_ref, config)
+        out, lse = jax.freeze(out_ref), jax.freeze(lse_ref)
     return out.reshape(B, T, N, H), _lse_of_tokens(lse, (B, T, N), config)
 
 

@@ -32,7 +32,8 @@ from jax.extend.mlir.dialects import arith
 
 from jaxdecode.pallas_kernels.mosaic import THREADS
 from jaxdecode.pallas_kernels.norm_kernel import normalised, rounded_sum
-from jaxdecode.pallas_kernels.slots import put, slot_layout, take, words_of
+from jaxdecode.pallas_kernels.own_values import words_of
+from jaxdecode.pallas_kernels.slots import put, slot_layout, take
 
 # The axes of a collective and their sizes, major first.
 Group = tuple[tuple[str, int], ...]

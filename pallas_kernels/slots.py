@@ -20,11 +20,20 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
 from jaxdecode.pallas_kernels.mosaic import THREADS
+from jaxdecode.pallas_kernels.own_values import (
+    array_of,
+    divided,
+    i32,
+    i32_type,
+    own,
+    thread_number,
+    words_of,
+)
 
 # A row of what the tensor cores make: 32 threads each have the same of it.
 ROW = plgpu.Layout.WGMMA.reduce(0)
 # One value for each thread of a warpgroup.
-LINE = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
+LINE = own(1)
 # Of values, in one slot.
 _SLOT_BYTES = 8
 # From one slot of a thread to its next, in bytes.
@@ -160,16 +169,16 @@ def put_line(x: jax.Array, turn: jax.Array, ref: Any) -> None:
     def store(context, x, turn, ref):
         del context
         (values,), bits = words_of(x.registers.item()), utils.bitwidth(x.mlir_dtype)
-        thread, turn = _thread(), turn.registers.item()
+        thread, turn = thread_number(), turn.registers.item()
         if bits == 32:
-            word = arith.bitcast(_i32(), values)
+            word = arith.bitcast(i32_type(), values)
             utils.inline_ptx(_STORE_WORD, _word(ref, thread), word, turn)
             return
         # Neighbours share a word; the first of them stores it.
-        own = arith.extui(_i32(), arith.bitcast(ir.IntegerType.get_signless(16), values))
+        own = arith.extui(i32_type(), arith.bitcast(ir.IntegerType.get_signless(16), values))
         other = utils.shfl_bfly(own, 1)
-        word = arith.ori(own, arith.shli(other, mgpu.c(16, _i32())))
-        place = _word(ref, arith.shrui(thread, mgpu.c(1, _i32())))
+        word = arith.ori(own, arith.shli(other, i32(16)))
+        place = _word(ref, arith.shrui(thread, i32(1)))
         utils.inline_ptx(_STORE_WORD_IF_EVEN, place, word, turn, thread)
 
     store(x, turn, ref)
@@ -205,7 +214,7 @@ def put_columns(
         ]  # fmt: skip
         words = [word for register in registers for word in words_of(register)]
         row, column = _first_of_matrix()
-        words_between = mgpu.c(_INT_BYTES * distance // _WORD_BYTES, _i32())
+        words_between = i32(_INT_BYTES * distance // _WORD_BYTES)
         place = arith.addi(arith.muli(column, words_between), row)
         number = arith.subi(column, first.registers.item())
         text = _STORE_COLUMNS.format(count=count, stores="".join(stores))
@@ -216,16 +225,10 @@ def put_columns(
 
 def _first_of_matrix():
     """Row and column of the first of this thread's elements of a matrix laid out as WGMMA."""
-    lane, warp = _divided(_thread(), 32)
-    column, row = _divided(lane, 4)
-    rows_before = arith.muli(warp, mgpu.c(16, _i32()))
-    return arith.addi(rows_before, row), arith.muli(column, mgpu.c(2, _i32()))
-
-
-def _divided(number, divisor):
-    """Remainder and quotient."""
-    divisor = mgpu.c(divisor, _i32())
-    return arith.remui(number, divisor), arith.divui(number, divisor)
+    warp, lane = divided(thread_number(), 32)
+    row, column = divided(lane, 4)
+    rows_before = arith.muli(warp, i32(16))
+    return arith.addi(rows_before, row), arith.muli(column, i32(2))
 
 
 def take_lines(
@@ -252,23 +255,15 @@ def take_lines(
     )  # fmt: skip
     def load(context, turn, count, *refs):
         del context
-        thread = _thread()
+        thread = thread_number()
         places = [_word(ref, thread) for ref in refs]
         found = _poll_lines(
             places, turn.registers.item(), count.registers.item(), fills, most, distance
         )
-        return [_line(value) for value in found]
+        return [array_of([value]) for value in found]
 
     lines = load(turn, count, *refs)
     return [lines[i : i + most] for i in range(0, len(lines), most)]
-
-
-def _line(value):
-    """This thread's value of a line."""
-    registers = np.array(
-        [vector.from_elements(ir.VectorType.get((1,), value.type), [value])], object
-    )
-    return mgpu.FragmentedArray(_registers=registers, _layout=LINE.to_mgpu(), _is_signed=None)
 
 
 def line_of(matrix: jax.Array, shared_ref: Any) -> jax.Array:
@@ -290,28 +285,18 @@ def line_of(matrix: jax.Array, shared_ref: Any) -> jax.Array:
             _STORE_SHARED.format(low=1 + i, high=2 + i, offset=16 * i)
             for i in range(0, len(words), 2)
         ]
-        thread, base = _thread(), utils.memref_ptr(ref)
-        pair = arith.remui(thread, mgpu.c(4, _i32()))
+        thread, base = thread_number(), utils.memref_ptr(ref)
+        pair = arith.remui(thread, i32(4))
         place = utils.getelementptr(base, [pair], ir.IntegerType.get_signless(64))
-        own = utils.getelementptr(base, [thread], _i32())
+        element = utils.getelementptr(base, [thread], i32_type())
         utils.warpgroup_barrier()
         utils.inline_ptx("".join(stores), place, *words)
         utils.warpgroup_barrier()
         kind = ir.F32Type.get()
-        return _line(utils.inline_ptx(_LOAD_SHARED, own, result_types=kind, has_side_effects=True))
+        value = utils.inline_ptx(_LOAD_SHARED, element, result_types=kind, has_side_effects=True)
+        return array_of([value])
 
     return exchange(matrix, shared_ref)
-
-
-def _thread():
-    """Number of a thread in its warpgroup."""
-    (element,) = LINE.to_mgpu().linear_thread_idxs()
-    return arith.index_cast(_i32(), element)
-
-
-def words_of(register: ir.Value) -> list[ir.Value]:
-    """The elements of a vector."""
-    return [vector.extract(register, [], [i]) for i in range(register.type.shape[0])]
 
 
 def _words(x):
@@ -320,7 +305,7 @@ def _words(x):
 
 def _first_slot(ref):
     """Address of this thread's first slot; the next ones follow at _DISTANCE bytes."""
-    return _word(ref, arith.muli(_thread(), mgpu.c(2, _i32())))
+    return _word(ref, arith.muli(thread_number(), i32(2)))
 
 
 def _word(ref, index):
@@ -380,8 +365,4 @@ def _bits(value: float) -> str:
 
 
 def _pair() -> ir.Type:
-    return ir.VectorType.get((2,), _i32())
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
+    return ir.VectorType.get((2,), i32_type())

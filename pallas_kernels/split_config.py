@@ -96,11 +96,10 @@ def split_config(
 ) -> SplitConfig:
     """The sizes of the kernels for these shapes: the tuning table."""
     block_t, block_g, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)
-    S, H = k_shape[1], k_shape[3]
+    H = k_shape[3]
     transposed = block_t * block_g <= _MOST_TRANSPOSED_ROWS
     narrow = _width(H) <= 128
-    # Few narrow rows leave registers and shared memory for tall tiles.
-    block_kv = 128 if S >= 128 and transposed and narrow else 64
+    block_kv = _block_kv(q_shape, k_shape)
     consumers = 1 if transposed or not narrow else _CONSUMERS
     stages = _RING_BYTES // (2 * block_kv * _width(H) * _ITEM_BYTES)
     return SplitConfig(
@@ -119,19 +118,36 @@ def split_config(
     )
 
 
-def choose_num_splits(q_shape: Shape, k_shape: Shape, num_sms: int = NUM_SMS) -> int:
-    """Chunks per sequence that keep the multiprocessors busy: the fewest within 10 % of the best.
+def blocks_to_merge_in_one(q_shape: Shape, k_shape: Shape, num_sms: int = NUM_SMS) -> int | None:
+    """Thread blocks that would have to run at the same time for the launch that attends to the
+    chunks to merge them too; None where that is not the faster way, or none.
 
-    At most one for each 64 keys of the capacity."""
+    A part of many query rows is long to tell. Items of a batch, divided by plan, should seldom be
+    in many parts: on an H200 it was faster for 64 sequences of 16/2 heads, slower for 32."""
+    block_t, block_g, _, _ = _row_blocks(q_shape, k_shape)
+    if block_t * block_g > _MOST_TRANSPOSED_ROWS:
+        return None
+    items = num_row_blocks(q_shape, k_shape)
+    if q_shape[0] > 1:
+        return num_sms if 4 * items >= 3 * num_sms else None
+    num_splits = choose_num_splits(q_shape, k_shape, num_sms)
+    return num_splits * items if num_splits > 1 else None
+
+
+def choose_num_splits(q_shape: Shape, k_shape: Shape, num_sms: int = NUM_SMS) -> int:
+    """Chunks per sequence that keep the multiprocessors busy: of those within 10 % of the best the
+    fewest that are a power of two, which divides a cache and its merge more evenly, or else the
+    fewest. At most one for each tile of the capacity."""
     blocks = num_row_blocks(q_shape, k_shape)
-    most = max(1, min(num_sms, k_shape[1] // 64))
+    most = max(1, min(num_sms, k_shape[1] // _block_kv(q_shape, k_shape)))
 
     def busy(splits: int) -> float:
         waves = blocks * splits / num_sms
         return waves / -(-blocks * splits // num_sms)
 
     best = max(busy(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+    good = [splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best]
+    return next((splits for splits in good if splits & (splits - 1) == 0), good[0])
 
 
 def num_row_blocks(q_shape: Shape, k_shape: Shape) -> int:
@@ -147,6 +163,13 @@ def _row_blocks(q_shape: Shape, k_shape: Shape) -> tuple[int, int, int, int]:
     block_g = min(G, TILE)
     block_t = min(T, TILE // block_g)
     return block_t, block_g, -(-T // block_t), -(-G // block_g)
+
+
+def _block_kv(q_shape: Shape, k_shape: Shape) -> int:
+    """Keys per tile. Few narrow rows leave registers and shared memory for tall ones."""
+    block_t, block_g, _, _ = _row_blocks(q_shape, k_shape)
+    is_small = block_t * block_g <= _MOST_TRANSPOSED_ROWS and _width(k_shape[3]) <= 128
+    return 128 if is_small and k_shape[1] >= 128 else 64
 
 
 def _width(head_dim: int) -> int:

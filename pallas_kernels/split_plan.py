@@ -25,12 +25,12 @@ class SplitPlan(NamedTuple):
     """Which block attends to what, for B sequences of `heads` items each. All int32.
 
     Attributes:
-      blocks: [num_blocks, 9], a block's first chunk, how many it has, their tiles together,
+      blocks: [num_blocks, 10], a block's first chunk, how many it has, their tiles together,
         and what `chunks` says of the first, so that a block can begin with it.
-      chunks: [num_blocks + B * heads - 1, 6], a chunk's sequence; its item there; base, begin, end:
+      chunks: [num_blocks + B * heads - 1, 7], a chunk's sequence; its item there; base, begin, end:
         it holds the tiles base + i of its sequence for begin <= i < end, where i counts the tiles
-        of its block; and how many chunks its item has, if this is the first of them, 0 if it is a
-        later one. They are in order. Only the chunks that a block has mean anything.
+        of its block; which of the item's chunks it is, from 0 on; and how many the item has. They
+        are in order. Only the chunks that a block has mean anything.
       idle: [B], whether nothing is visible, so that no chunk is of this sequence.
     """
 
@@ -131,9 +131,10 @@ def _chunk(line, block, item):
     item_start = item_start - block * line.size
     item_stop = item_start + line.tiles[b]
     begin, end = jnp.maximum(item_start, 0), jnp.minimum(item_stop, line.size)
-    # Of this block and the following ones, each has a part of the item until it ends.
-    pieces = jnp.where(begin == item_start, -(-item_stop // line.size), 0)
-    return b, head, line.first_tile[b] - item_start, begin, end, pieces
+    # Of the blocks from that on in which the item begins, each has a part of it until it ends.
+    part = -(item_start // line.size)
+    parts = part - (-item_stop // line.size)
+    return b, head, line.first_tile[b] - item_start, begin, end, part, parts
 
 
 def _item_at(line, place):

@@ -27,6 +27,8 @@ KERNEL_TESTS = [
     "test_flash_decode.py",
     "test_flash_decode_lowering.py",
     "test_fused_interpreted.py",
+    "test_merge_kernel.py",
+    "test_merge_kernel_gpu.py",
     "test_norm.py",
     "test_peer_kernels.py",
     "test_prefill.py",
@@ -120,6 +122,15 @@ def interpreter():
     from kernel_runs import interpreted
 
     with interpreted():
+        yield
+
+
+@pytest.fixture
+def interpreter_without_races():
+    """The same for thread blocks that tell each other results without synchronisation."""
+    from kernel_runs import interpreted
+
+    with interpreted(detect_races=False):
         yield
 
 

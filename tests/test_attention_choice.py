@@ -18,7 +18,7 @@ WIDE = (
 ASKED = "flash_decode: asked for; the split-KV kernels"
 # B, T, S, N, K; options; what is said; the chunks of the split kernels, if any run.
 SAID = {
-    "one sequence": ((1, 1, 512, 16, 2), {}, f"{SPLIT} cut each sequence into 8 chunks", 8),
+    "one sequence": ((1, 1, 512, 16, 2), {}, f"{SPLIT} cut each sequence into 4 chunks", 4),
     "one full GPU": ((1, 1, 8192, 132, 132), {}, f"{SPLIT} leave each sequence whole", 1),
     "a batch": ((2, 1, 512, 16, 2), {}, PLAN, None),
     "chunks": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,11 @@ from jaxdecode.pallas_kernels import (
 )
 from jaxdecode.pallas_kernels.combine_kernel import combine_planned
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
-from jaxdecode.pallas_kernels.split_config import choose_num_splits, split_config
+from jaxdecode.pallas_kernels.split_config import (
+    blocks_to_merge_in_one,
+    choose_num_splits,
+    split_config,
+)
 from jaxdecode.pallas_kernels.split_plan import ToCombine
 
 # (B, T, S, N, K, options): every grouping, row blocks over tokens and heads, and each option; few
@@ -147,8 +152,9 @@ def items_of_plan(shape, H, lengths, window):
     config = split_config((B, T, N, H), (B, S, K, H), None, 0.1, None)
     ranges = visible_ranges(jnp.asarray(lengths), T, S, window=window)
     plan = jax.tree.map(np.asarray, flash_decode._plan(*ranges, (B, S, K, H), config))
-    pieces = [x for first, n, *_ in plan.blocks for x in plan.chunks[first : first + n, 5]]
-    return sum(x > 1 for x in pieces), sum(x > 0 for x in pieces)
+    chunks = [x for first, n, *_ in plan.blocks for x in plan.chunks[first : first + n]]
+    parts = [parts for *_, part, parts in chunks if part == 0]
+    return sum(x > 1 for x in parts), len(parts)
 
 
 def test_interpreted_twice_gives_equal_bits(interpreter, few_blocks):
@@ -300,13 +306,47 @@ def test_shared_memory_is_enough(H):
 
 
 def test_number_of_splits_fills_the_multiprocessors():
-    def choose(B, K, S):
-        return choose_num_splits((B, 1, 8 * K, 128), (B, S, K, 128), num_sms=132)
+    def choose(B, K, S, G=8):
+        return choose_num_splits((B, 1, G * K, 128), (B, S, K, 128), num_sms=132)
 
-    assert choose(1, 2, 512) == 8  # not more than there are tiles of 64 keys
-    assert 60 <= choose(1, 2, 65536) <= 66
+    assert choose(1, 2, 512) == 4  # not more than there are tiles
+    assert choose(1, 2, 512, G=24) == 8  # which many rows have half as tall
+    assert choose(1, 2, 65536) == 64
+    assert choose(1, 8, 65536) == 16
+    assert choose(1, 10, 4096) == 12  # no power of two is within 10 % of the best
     assert choose(64, 2, 8192) == 1
     assert choose(1, 132, 8192) == 1
+
+
+# B, T, N, K, S and the thread blocks that have to run at the same time.
+IN_ONE = {
+    "one sequence": ((1, 1, 16, 2, 65536), 128),
+    "row blocks": ((1, 9, 16, 2, 128), None),
+    "more than 16 rows": ((1, 3, 16, 2, 65536), None),
+    "short": ((1, 1, 16, 2, 512), 8),
+    "one tile": ((1, 1, 16, 2, 64), None),
+    "one chunk": ((1, 1, 132, 132, 8192), None),
+    "many items": ((64, 1, 16, 2, 1024), 132),
+    "few items": ((32, 1, 16, 2, 1024), None),
+    "many items of many rows": ((64, 3, 16, 2, 1024), None),
+}
+
+
+@pytest.mark.parametrize("name", IN_ONE)
+def test_both_steps_are_one_launch_where_that_is_faster_and_all_blocks_run(monkeypatch, name):
+    (B, T, N, K, S), blocks = IN_ONE[name]
+    shapes = (B, T, N, 128), (B, S, K, 128)
+    assert blocks_to_merge_in_one(*shapes) == blocks
+
+    def on(*core_counts):
+        devices = [types.SimpleNamespace(platform="gpu", core_count=n) for n in core_counts]
+        monkeypatch.setattr(jax, "local_devices", lambda: devices)
+        return flash_decode.merges_in_one(*shapes)
+
+    assert not flash_decode.merges_in_one(*shapes), "nobody knows where it will run"
+    assert on(132, 132) is (blocks is not None)
+    assert on(7) is False
+    assert on(132, 7) is False
 
 
 # dtype, S, H and what is said of them, whether the queries are few or many.

@@ -13,6 +13,7 @@ import pytest
 from kernel_runs import input_shapes, lowered_for_cuda
 
 from jaxdecode.pallas_kernels import flash_decode
+from jaxdecode.pallas_kernels.split_config import blocks_to_merge_in_one
 
 
 def lowered(*shape, sinks=False, **options):
@@ -78,6 +79,56 @@ def test_every_call_lowers_for_cuda(name, H, rows):
     text = lowered(B, T, 512, *heads, H, dtype, **options)
     assert text.count("custom_call @mosaic_gpu") == 2
     assert kernel in text
+
+
+@pytest.fixture
+def in_one(monkeypatch):
+    """As on a GPU with as many multiprocessors as the kernels want."""
+    monkeypatch.setattr(
+        flash_decode, "merges_in_one", lambda *shapes: blocks_to_merge_in_one(*shapes) is not None
+    )
+
+
+# By name, B and options; the kernel, and whether it is all.
+IN_ONE = {
+    "one sequence": (1, {}, "flash_decode_mosaic_gpu", 1),
+    "one sequence, sinks": (1, {"sinks": True, "softcap": 20.0}, "flash_decode_mosaic_gpu", 1),
+    "plan": (60, {}, "flash_decode_planned_mosaic_gpu", 1),
+    "plan, sinks": (60, {"sinks": True, "softcap": 20.0}, "flash_decode_planned_mosaic_gpu", 1),
+    "fixed splits": (1, {"num_splits": 3}, SPLIT, 2),
+    "few items": (3, {}, PLANNED, 2),
+}
+
+
+# Rows and head_dim: 8 rows, 1, 15, and 6 of every head_dim.
+IN_ONE_SIZES = [
+    *(((1, 16, 2), 128), ((1, 4, 4), 128), ((5, 6, 2), 128)),
+    *(((3, 8, 4), H) for H in flash_decode.HEAD_DIMS),
+]
+
+
+@pytest.mark.parametrize(("rows", "H"), IN_ONE_SIZES)
+@pytest.mark.parametrize("name", IN_ONE)
+def test_one_launch_lowers_for_cuda(in_one, name, rows, H):
+    B, options, kernel, count = IN_ONE[name]
+    T, *heads = rows
+    text = lowered(B, T, 512, *heads, H, jnp.bfloat16, **options)
+    assert text.count("custom_call @mosaic_gpu") == count
+    assert kernel in text
+
+
+def test_lengths_change_nothing_in_the_program(in_one):
+    """The slots are a constant of it: one for all calls, and not filled in by a kernel."""
+
+    def layers(q, k, v, lo, hi):
+        for _ in range(3):
+            q, _ = flash_decode.attend(q, k, v, lo, hi, scale=0.1, out_dtype=q.dtype)
+        return q
+
+    text = lowered_for_cuda(layers, *input_shapes(1, 1, 512, 16, 2, 128))
+    # 8 parts of 8 rows of 64 slots.
+    assert text.count("tensor<16388xi32>") >= 1
+    assert text.count("custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("B", [1, 2])
