@@ -102,8 +102,11 @@ def merges_in_one(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
 
     The launch's thread blocks wait for one another, so all must run at the same time on any GPU of
     this process; a program that is exported from here is for such GPUs too. Where there is none,
-    nobody knows what the program will run on. Two processes that share a GPU by CUDA's MPS could
-    wait for ever: they ask for a number of splits."""
+    nobody knows what the program will run on.
+
+    Two launches at the same time could wait for ever, or mix what they tell each other. XLA runs
+    those of a process one after the other, unless it is asked to run parts of a CUDA graph
+    concurrently; two processes that share a GPU by CUDA's MPS ask for a number of splits."""
     blocks = blocks_to_merge_in_one(q_shape, k_shape)
     gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
     if blocks is None or not gpus:

@@ -102,7 +102,8 @@ def attention_in_one(
         num_threads=config.consumers + 1,
         thread_name="thread",
         scratch_types={
-            "scratch": allocate(q.dtype, config),
+            # Parts are told from registers.
+            "scratch": allocate(q.dtype, config)._replace(out=None, lse=None),
             "merging": plgpu.SMEM((scratch_size(tasks),), jnp.float32),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -155,7 +155,7 @@ def tell(out: jax.Array, lse: jax.Array, ref: Any, config: SplitConfig) -> None:
                 is_told = is_row if is_told is None else arith.andi(is_told, is_row)
             near, far = (words_of(values)[odd] for values in tiles[column_tile, row_tile])
             place = arith.addi(first, i32((row * groups + group) * GROUP_SLOTS))
-            values = near, far, lses[row_tile][odd]
+            values = (arith.bitcast(i32_type(), x) for x in (near, far, lses[row_tile][odd]))
             is_told = i32(1) if is_told is None else arith.extui(i32_type(), is_told)
             utils.inline_ptx(_STORE, _address(ref, place), *values, is_told)
 

@@ -6,6 +6,7 @@ B batch, T query tokens, S capacity, N query heads, K KV heads, G = N // K, H he
 from __future__ import annotations
 
 import dataclasses
+import math
 
 Shape = tuple[int, ...]
 
@@ -125,7 +126,8 @@ def blocks_to_merge_in_one(q_shape: Shape, k_shape: Shape, num_sms: int = NUM_SM
     A part of many query rows is long to tell. Items of a batch, divided by plan, should seldom be
     in many parts: on an H200 it was faster for 64 sequences of 16/2 heads, slower for 32."""
     block_t, block_g, _, _ = _row_blocks(q_shape, k_shape)
-    if block_t * block_g > _MOST_TRANSPOSED_ROWS:
+    # Threads count the elements of the result in 32 bits.
+    if block_t * block_g > _MOST_TRANSPOSED_ROWS or math.prod(q_shape) >= 2**31:
         return None
     items = num_row_blocks(q_shape, k_shape)
     if q_shape[0] > 1:

@@ -329,6 +329,7 @@ IN_ONE = {
     "many items": ((64, 1, 16, 2, 1024), 132),
     "few items": ((32, 1, 16, 2, 1024), None),
     "many items of many rows": ((64, 3, 16, 2, 1024), None),
+    "more than 32 bits count": ((2**20, 1, 16, 2, 64), None),
 }
 
 

@@ -117,6 +117,12 @@ def test_one_launch_lowers_for_cuda(in_one, name, rows, H):
     assert kernel in text
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 128, 16, 8), (1, 16, 2048, 6, 6), (50, 8, 128, 16, 8)])
+def test_one_launch_of_the_most_shared_memory_lowers_for_cuda(in_one, shape):
+    """Of the widest heads as many rows as there can be, in few chunks: most to merge at once."""
+    assert lowered(*shape, 256, jnp.bfloat16).count("custom_call @mosaic_gpu") == 1
+
+
 def test_lengths_change_nothing_in_the_program(in_one):
     """The slots are a constant of it: one for all calls, and not filled in by a kernel."""
 
