@@ -42,8 +42,8 @@ from jaxdecode.pallas_kernels.split_config import SplitConfig
 
 # Threads of a warpgroup that have the same slot of a group.
 _MOST_LANES = THREADS // GROUP_SLOTS
-# Tasks that a thread has at once where the number of parts is not known when compiled: of four
-# parts and more there are never more.
+# Tasks that a thread has at once where the number of parts is not known when compiled: of two
+# parts of eight rows all that there are.
 _TASKS = 2
 
 
