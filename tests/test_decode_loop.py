@@ -257,7 +257,7 @@ def test_a_token_after_the_stop_does_not_matter():
 
 @pytest.mark.parametrize(("sick_row", "in_prompt"), [(1, True), (2, True), (0, False), (2, False)])
 def test_rows_beside_a_poisoned_one_are_the_same(sick_row, in_prompt):
-    """Up to rounding: a vector that holds a NaN, another row's, some CPUs compute in another way."""
+    """Up to rounding: some CPUs compute a vector in another way if a NaN is in it."""
     token, _ = used_only_by(sick_row, in_prompt=in_prompt)
     others = [row for row in range(B) if row != sick_row]
     healthy, sick = prefill_and_decode(random_model()), prefill_and_decode(poisoned(token))
