@@ -221,7 +221,7 @@ print(json.dumps({"bytes": peak() - before, "seconds": worst, "accepted": accept
     found = json.loads(done.stdout)
     assert found["accepted"] == []
     assert found["bytes"] < 50e6
-    assert found["seconds"] < 1
+    assert found["seconds"] < 5  # a busy machine takes a while; what is wrong takes minutes
 
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path):
