@@ -267,4 +267,4 @@ def test_rows_beside_a_poisoned_one_are_the_same(sick_row, in_prompt):
         if old.shape[0] != B:  # [steps, B]
             old, new = np.moveaxis(old, 1, 0), np.moveaxis(new, 1, 0)
         old, new = (np.asarray(x)[others].astype(np.float64) for x in (old, new))
-        np.testing.assert_allclose(new, old, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(new, old, rtol=0, atol=5e-5)

@@ -189,7 +189,7 @@ def test_nan_in_one_sequence_stays_there():
     assert np.isnan(logits[1, 3:9]).all()
     assert np.isfinite(logits[1, :3]).all()
     # Some CPUs compute a vector that holds a NaN, another sequence's, in another way.
-    np.testing.assert_allclose(logits[[0, 2]], healthy[[0, 2]], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits[[0, 2]], healthy[[0, 2]], rtol=0, atol=5e-5)
 
 
 def test_bfloat16_is_near_float32_and_scores_in_float32():
