@@ -177,10 +177,10 @@ def merge_share(
 
 
 def store_empty(item: Item, results: Results, config: SplitConfig) -> None:
-    """Stores all rows of an item that sees nothing."""
+    """Stores all rows of an item of one part, which sees nothing."""
 
     def some(i, _):
-        share = share_of(item._replace(part=0, parts=1), i, 1, results, config)
+        share = share_of(item, i, 1, results, config)
         _store(_no_sums(), share, results, config)
         return ()
 
@@ -252,10 +252,6 @@ def _targets(task, slot, is_mine, item, results, config):
     row, group = _divided(task, told_groups(config))
     (t0, g0), (t, g) = first_row(item.row_block, config), _divided(row, config.block_g)
     t, g = t0 + t, g0 + g
-    if T % config.block_t:
-        is_mine = is_mine & (t < T)
-    if G % config.block_g:
-        is_mine = is_mine & (g < G)
     head = item.h * G + g
     column = ((item.b * T + t) * (K * G) + head) * H + group * GROUP_COLUMNS + slot
     is_first = is_mine & (group == 0) & (slot == 0)
@@ -282,8 +278,7 @@ def _sinks(heads, sinks_ref, config):
     if config.block_g == 1:
         sink = sinks_ref[heads]
     else:
-        # Rows past the last head have the last one's.
-        sink = gather(sinks_ref, jnp.minimum(heads, sinks_ref.shape[0] - 1))
+        sink = gather(sinks_ref, heads)
     return _Sums(sink * LOG2_E, 1.0, 0.0, 0.0)
 
 

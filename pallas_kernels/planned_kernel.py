@@ -325,7 +325,7 @@ def _store_idle(share, idle_ref, results, config):
             def _(head):
                 row_blocks = jnp.int32(config.row_blocks)
                 h, row_block = lax.div(head, row_blocks), lax.rem(head, row_blocks)
-                store_empty(Item(b, h, row_block, 0, 0, Places(0)), results, config)
+                store_empty(Item(b, h, row_block, 0, 1, Places(0)), results, config)
 
 
 def _tell_what_is_left(share, idle_ref, left_ref):

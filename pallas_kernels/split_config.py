@@ -98,7 +98,7 @@ def split_config(
     """The sizes of the kernels for these shapes: the tuning table."""
     block_t, block_g, row_blocks_t, row_blocks_g = _row_blocks(q_shape, k_shape)
     H = k_shape[3]
-    transposed = block_t * block_g <= _MOST_TRANSPOSED_ROWS
+    transposed = _has_few_rows(q_shape, k_shape)
     narrow = _width(H) <= 128
     block_kv = _block_kv(q_shape, k_shape)
     consumers = 1 if transposed or not narrow else _CONSUMERS
@@ -125,9 +125,8 @@ def blocks_to_merge_in_one(q_shape: Shape, k_shape: Shape, num_sms: int = NUM_SM
 
     A part of many query rows is long to tell. Items of a batch, divided by plan, should seldom be
     in many parts: on an H200 it was faster for 64 sequences of 16/2 heads, slower for 32."""
-    block_t, block_g, _, _ = _row_blocks(q_shape, k_shape)
     # Threads count the elements of the result in 32 bits.
-    if block_t * block_g > _MOST_TRANSPOSED_ROWS or math.prod(q_shape) >= 2**31:
+    if not _has_few_rows(q_shape, k_shape) or math.prod(q_shape) >= 2**31:
         return None
     items = num_row_blocks(q_shape, k_shape)
     if q_shape[0] > 1:
@@ -167,10 +166,15 @@ def _row_blocks(q_shape: Shape, k_shape: Shape) -> tuple[int, int, int, int]:
     return block_t, block_g, -(-T // block_t), -(-G // block_g)
 
 
+def _has_few_rows(q_shape: Shape, k_shape: Shape) -> bool:
+    """Whether the keys, not the query rows, fill the products. All rows are in one block then."""
+    block_t, block_g, _, _ = _row_blocks(q_shape, k_shape)
+    return block_t * block_g <= _MOST_TRANSPOSED_ROWS
+
+
 def _block_kv(q_shape: Shape, k_shape: Shape) -> int:
     """Keys per tile. Few narrow rows leave registers and shared memory for tall ones."""
-    block_t, block_g, _, _ = _row_blocks(q_shape, k_shape)
-    is_small = block_t * block_g <= _MOST_TRANSPOSED_ROWS and _width(k_shape[3]) <= 128
+    is_small = _has_few_rows(q_shape, k_shape) and _width(k_shape[3]) <= 128
     return 128 if is_small and k_shape[1] >= 128 else 64
 
 

@@ -53,7 +53,7 @@ def test_what_is_said_of_attention_tells_where_a_step_attends(monkeypatch, capsy
     config = PRESETS["llama-3.1-8b"]
     chosen = bench_model.choose_attention(Report(), config, "bfloat16", names, sharding)
     assert chosen == ["auto", NO_SPLIT, "xla"]
-    where = "a step of one token attends inside the layers' kernel, but for the last layer"
+    where = "a step of one token attends inside the layers' kernel"
     assert capsys.readouterr().err.splitlines()[1:] == [
         f"attention auto: flash_decode: the kernels for this GPU; {where}",
         f"attention flash_decode: flash_decode: asked for; {where}",

@@ -264,7 +264,7 @@ def test_doctor_says_where_a_step_attends(cli, cache_home, monkeypatch):
     def attention_lines():
         return [x for x in cli("doctor")[1].splitlines() if x.startswith("attention: ")]
 
-    where = "; a step of one token attends inside the layers' kernel, but for the last layer"
+    where = "; a step of one token attends inside the layers' kernel"
     apart = "attention: flash_decode: the kernels for this GPU"
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
     half, single = attention_lines()

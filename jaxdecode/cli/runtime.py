@@ -111,10 +111,7 @@ def brief_of_steps(
     """The same of decode steps, with where those of one token attend, if not in a kernel apart."""
     if choice.implementation != "flash_decode" or not attends_in_layers(config, dtype, sharding):
         return brief(choice)
-    return (
-        f"{brief(choice)}; a step of one token attends inside the layers' kernel, but for the last "
-        "layer"
-    )
+    return f"{brief(choice)}; a step of one token attends inside the layers' kernel"
 
 
 def make_sharding(
