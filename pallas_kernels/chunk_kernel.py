@@ -105,8 +105,8 @@ def allocate(dtype, config: SplitConfig, finished_dtype: Any = None) -> Scratch:
     alone = config.consumers == 1
     out = plgpu.SMEM((rows, config.columns), jnp.float32, transforms=swizzled(config.columns, 4))
     if finished_dtype is not None:
-        columns = config.width if config.transposed else min(config.columns, config.head_dim)
-        out = plgpu.RefUnion(out, plgpu.SMEM((rows, columns), finished_dtype))
+        # TMA takes rows from multiples of 128 bytes, so they are as wide as tiles of any head_dim.
+        out = plgpu.RefUnion(out, plgpu.SMEM((rows, config.columns), finished_dtype))
     return Scratch(
         q_rows=plgpu.SMEM((TILE, width), dtype, transforms=() if _is_plain(config) else rows_tiled),
         q=plgpu.SMEM((TILE, width), dtype, transforms=tiled),

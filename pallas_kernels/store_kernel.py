@@ -83,25 +83,22 @@ def store_finished(
     _, T, _, G, H = out_ref.shape
     t0, g0 = first_row(chunk.row_block, config)
     width = min(H, scratch.finished.shape[1])
-    # Past the end of a head a copy would write over the next one.
+    # Rows go together where each has a place in the result and nothing is between them.
     has_padding = width < scratch.finished.shape[1]
-    # Rows go together where each of them has a place in the result.
     heads = config.block_g if G % config.block_g == 0 and not has_padding else 1
     if sinks_ref is not None:
         first_head = chunk.h * G + g0
         sums = _with_sinks(sums, _sinks_of_rows(sinks_ref, first_head, config), config)
     out, lse = normalised(sums, config)
     scratch.lse[...] = lse * (1 / LOG2_E)
-    # Mosaic transposes without bank conflicts only to tiles of 8 rows, which stores must not cut.
-    optimized = not config.transposed or heads % 8 == 0
+    # Mosaic finds no way without bank conflicts where it transposes, but to tiles of 8 rows, which
+    # copies must not cut, nor where copies take a part of a row.
+    optimized = not has_padding and (not config.transposed or heads % 8 == 0)
     for column in _stage(out, scratch.finished, config, optimized):
         for row in range(0, config.block_t * config.block_g, heads):
             t, g = t0 + row // config.block_g, g0 + row % config.block_g
-            if has_padding:
-                rows, place = scratch.finished.at[row, pl.ds(0, width)], g
-            else:
-                rows, place = scratch.finished.at[pl.ds(row, heads)], pl.ds(g, heads)
-            part = out_ref.at[chunk.b, t, chunk.h, place, pl.ds(column, width)]
+            rows = scratch.finished.at[pl.ds(row, heads), pl.ds(0, width)]
+            part = out_ref.at[chunk.b, t, chunk.h, pl.ds(g, heads), pl.ds(column, width)]
             copy = functools.partial(plgpu.copy_smem_to_gmem, rows, part)
             pl.when((t < T) & (g < G))(copy)
     lse_part = lse_ref.at[chunk.b, chunk.h, chunk.row_block]
