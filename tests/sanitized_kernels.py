@@ -19,17 +19,23 @@ from jaxdecode.pallas_kernels import decode_attention
 
 def flash_decode():
     """Capacities that are and are not a multiple of a tile, one query token and several, few query
-    rows and as many as two warpgroups share."""
+    rows and as many as two warpgroups share, heads that fill no tile; in one launch and in two."""
+    in_two = (
+        (2, 512, 1, 4, 128, None), (2, 200, 3, 4, 128, 3), (2, 512, 2, 4, 128, 1),
+        (2, 512, 1, 32, 128, None), (2, 200, 2, 32, 128, 2), (6, 200, 17, 3, 80, None),
+        (60, 128, 1, 3, 96, None),
+    )  # fmt: skip
+    for case in (*in_two, (1, 512, 1, 8, 128, None), (1, 4096, 5, 3, 80, None)):
+        attend(*case)
+
+
+def attend(B, S, T, group, H, num_splits):
     rng = np.random.default_rng(0)
-    cases = ((512, 1, 4, None), (200, 3, 4, 3), (512, 2, 4, 1), (512, 1, 32, None), (200, 2, 32, 2))
-    for S, T, group, num_splits in cases:
-        shapes = ((2, T, 2 * group, 128), (2, S, 2, 128), (2, S, 2, 128))
-        q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
-        kv_len = jnp.asarray([S, S // 2 + 1], jnp.int32)
-        out = decode_attention(
-            q, k, v, kv_len, implementation="flash_decode", num_splits=num_splits
-        )
-        assert np.isfinite(np.asarray(out, np.float32)).all()
+    shapes = ((B, T, 2 * group, H), (B, S, 2, H), (B, S, 2, H))
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    kv_len = jnp.asarray([S, S // 2 + 1] * (B // 2) or [S], jnp.int32)
+    out = decode_attention(q, k, v, kv_len, implementation="flash_decode", num_splits=num_splits)
+    assert np.isfinite(np.asarray(out, np.float32)).all()
 
 
 def out_of_bounds():

@@ -34,8 +34,8 @@ def served_case(
     """`make_case` in bfloat16, with the next larger capacity that the kernels take."""
     del dtype
     lengths = list(kv_len)
-    S = max(64, *lengths) + 3 if S is None else S
-    return make_case(lengths, *sizes, S=-(-S // 8) * 8, dtype="bfloat16", **others)
+    S = max(lengths) + 3 if S is None else S
+    return make_case(lengths, *sizes, S=max(64, -(-S // 8) * 8), dtype="bfloat16", **others)
 
 
 @pytest.fixture(autouse=True)
