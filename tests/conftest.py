@@ -24,6 +24,7 @@ CI = os.environ.get("CI") == "true"
 # The GPU kernels, and the interpreter that tests them, need a newer jax than Python 3.11 gets. On
 # a newer Python with such an old jax CI does not go on without them.
 KERNEL_TESTS = [
+    "test_copies.py",
     "test_flash_decode.py",
     "test_flash_decode_lowering.py",
     "test_fused_interpreted.py",
