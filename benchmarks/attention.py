@@ -114,7 +114,7 @@ class Side:
         return self._worker.receive(CASE_TIMEOUT_S)
 
     def measure(self, index: int) -> dict[str, dict]:
-        """{"us", "kernel_us"} or {"failure"} of each implementation."""
+        """{"us", "kernel_us"}, with JAX "once_us" too, or {"failure"} of each implementation."""
         try:
             self._worker.send({"do": "measure", "case": index})
             return self._worker.receive(CASE_TIMEOUT_S)
@@ -185,11 +185,10 @@ def record(results: dict, case: Case, measured: dict[str, dict], peak: float) ->
             results["failures"].append(row | {"reason": found["failure"]})
             print(f"{case.name:28} {name:22} FAILED {found['failure'].splitlines()[0]}")
             continue
-        us, kernel_us = (round(found[key], 3) for key in ("us", "kernel_us"))
+        times = {key: round(value, 3) for key, value in found.items()}
+        us, kernel_us = times["us"], times["kernel_us"]
         fraction = round(case.bytes / (kernel_us * 1e-6) / peak, 4)
-        results["rows"].append(
-            row | {"us": us, "kernel_us": kernel_us, "fraction_of_peak": fraction}
-        )
+        results["rows"].append(row | times | {"fraction_of_peak": fraction})
         print(f"{case.name:28} {name:22} {us:10.2f} us {kernel_us:10.2f} kernel_us {fraction:.3f}")
     sys.stdout.flush()
 

@@ -122,17 +122,17 @@ def reference(q: Array, k: Array, v: Array, kv_len: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """The compiled programs of one case, by implementation where there are several."""
+    """The compiled programs of one case; by implementation, a chain of calls and a call alone."""
 
     inputs: Future
     reference: Future
-    chains: dict[str, Future]
+    programs: dict[str, tuple[Future, Future]]
 
 
 def prepare(case: Case, implementations: list[str], pool: concurrent.futures.Executor) -> Prepared:
     """Lowers here, where Python is the limit, and compiles in the threads of `pool`."""
     q, kv, _, kv_len = shapes(case)
-    caches = [kv] * case.rotation.buffers
+    rotation = case.rotation
 
     def compiled(function: Callable, *operands: Any) -> Future:
         try:
@@ -147,7 +147,10 @@ def prepare(case: Case, implementations: list[str], pool: concurrent.futures.Exe
         compiled(functools.partial(make_inputs, case)),
         compiled(reference, q, kv, kv, kv_len),
         {
-            name: compiled(chain(call, case.rotation.calls), q, caches, caches, kv_len)
+            name: tuple(
+                compiled(chain(call, calls), q, [kv] * buffers, [kv] * buffers, kv_len)
+                for calls, buffers in ((rotation.calls, rotation.buffers), (1, 1))
+            )
             for name, call in implementation_calls(case).items()
             if name in implementations
         },
@@ -155,7 +158,7 @@ def prepare(case: Case, implementations: list[str], pool: concurrent.futures.Exe
 
 
 def measure(case: Case, prepared: Prepared, kernel_times: KernelTimes) -> dict[str, dict]:
-    """{"us", "kernel_us"} of each implementation, or its {"failure"}."""
+    """{"us", "kernel_us", "once_us"} of each implementation, or its {"failure"}."""
     q, k, v = prepared.inputs.result()()
     kv_len = jnp.asarray(case.kv_len, jnp.int32)
     ref = prepared.reference.result()(q, k, v, kv_len)
@@ -164,26 +167,33 @@ def measure(case: Case, prepared: Prepared, kernel_times: KernelTimes) -> dict[s
         tuple([x.copy() for _ in range(rotation.buffers)] for x in (k, v))
         for _ in range(rotation.chains)
     ]
+    pairs = [([x], [y]) for keys, values in caches for x, y in zip(keys, values, strict=True)]
 
-    def one(compiled: Future) -> dict:
-        program = compiled.result()
-        check_result(program(q, *caches[0], kv_len)[0], ref)
+    def rotate(program: Callable, caches: list[tuple], times: int) -> None:
+        for _ in range(times):
+            for keys, values in caches:
+                last = program(q, keys, values, kv_len)
+        jax.block_until_ready(last)
 
-        def rotate(times: int) -> None:
-            for _ in range(times):
-                for keys, values in caches:
-                    last = program(q, keys, values, kv_len)
-            jax.block_until_ready(last)
-
-        calls = rotation.calls * rotation.chains
-        us = time_of(rotate) / calls * 1e6
-        kernels = kernel_times(lambda: rotate(KERNEL_ROTATIONS))
-        calls *= KERNEL_ROTATIONS
+    def kernels_of_a_call(program: Callable, caches: list[tuple], calls: int) -> float:
+        kernels = kernel_times(lambda: rotate(program, caches, KERNEL_ROTATIONS))
+        calls *= len(caches) * KERNEL_ROTATIONS
         if len(kernels) < calls:
             raise RuntimeError(f"CUPTI saw {len(kernels)} kernels of {calls} calls")
-        return {"us": us, "kernel_us": sum(kernels) / calls * 1e6}
+        return sum(kernels) / calls * 1e6
 
-    return {name: attempt(functools.partial(one, c)) for name, c in prepared.chains.items()}
+    def one(programs: tuple[Future, Future]) -> dict:
+        many, alone = (program.result() for program in programs)
+        check_result(many(q, *caches[0], kv_len)[0], ref)
+        calls = rotation.calls
+        us = time_of(lambda times: rotate(many, caches, times)) / calls / len(caches) * 1e6
+        shared = kernels_of_a_call(many, caches, calls)
+        whole = kernels_of_a_call(alone, pairs, 1)
+        # What a chain does once, such as a plan, is in `whole`, and a part of it in `shared`.
+        kernel_us = (calls * shared - whole) / (calls - 1)
+        return {"us": us, "kernel_us": kernel_us, "once_us": whole - kernel_us}
+
+    return {name: attempt(functools.partial(one, x)) for name, x in prepared.programs.items()}
 
 
 def main() -> None:
