@@ -6,12 +6,16 @@ can be checked without one: `make results-check` names a record of other code or
 
 from __future__ import annotations
 
+import collections
 import datetime
+import itertools
 import json
 import pathlib
 import sys
+from collections.abc import Iterable
 
 import jax
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPTION = "--gpu-record"
@@ -25,7 +29,7 @@ class GpuRecord:
         self._path = path
 
     def pytest_terminal_summary(self, terminalreporter, exitstatus, config):
-        counts = {name: len(terminalreporter.stats.get(name, [])) for name in OUTCOMES}
+        reports = {name: terminalreporter.stats.get(name, []) for name in OUTCOMES}
         record = {
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
@@ -33,11 +37,21 @@ class GpuRecord:
             "date": datetime.date.today().isoformat(),
             "command": " ".join(["pytest", *without_record(config.invocation_params.args)]),
             "exit_status": int(exitstatus),
-            **counts,
+            **{name: len(found) for name, found in reports.items()},
+            "failures": sorted(x.nodeid for x in reports["failed"] + reports["error"]),
+            "seconds": seconds_of_files(itertools.chain(*reports.values())),
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(record, indent=1) + "\n")
         terminalreporter.write_line(f"GPU tests recorded in {self._path}")
+
+
+def seconds_of_files(reports: Iterable[pytest.TestReport]) -> dict[str, int]:
+    """What each file's tests took, one after the other, the slowest file first."""
+    seconds: collections.Counter[str] = collections.Counter()
+    for report in reports:
+        seconds[report.nodeid.partition("::")[0]] += report.duration
+    return {name: round(total) for name, total in seconds.most_common()}
 
 
 def without_record(arguments: tuple[str, ...]) -> list[str]:

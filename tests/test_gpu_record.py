@@ -10,12 +10,15 @@ import sys
 import jax
 
 TESTS = """
+import time
 import pytest
 
 @pytest.mark.parametrize("i", range(5))
 def test_pass(i): pass
 
-def test_fail(): raise ValueError
+def test_fail():
+    time.sleep(0.6)
+    raise ValueError
 
 def test_skip(): pytest.skip("no reason")
 
@@ -57,6 +60,10 @@ def test_record_of_several_processes_counts_once(project_root, tmp_path, monkeyp
     import source_hash
 
     assert len(record.pop("date")) == len("2026-01-02")
+    assert record.pop("failures") == ["test_it.py::test_error", "test_it.py::test_fail"]
+    ((file, seconds),) = record.pop("seconds").items()
+    assert file == "test_it.py"
+    assert 1 <= seconds < 60
     assert record == {
         "device": "cpu",
         "jax": jax.__version__,
