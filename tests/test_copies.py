@@ -10,11 +10,13 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+import test_fused_attend
+import test_fused_layer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_runs import input_shapes
 
-from jaxdecode.pallas_kernels import flash_decode
+from jaxdecode.pallas_kernels import flash_decode, fused_layer
 from jaxdecode.pallas_kernels.split_config import blocks_to_merge_in_one
 
 # Bytes. TMA stops at other addresses of shared memory; Mosaic's interpreter copies from anywhere.
@@ -99,11 +101,31 @@ CALLS = [
 @pytest.mark.parametrize(("B", "rows", "num_splits"), CALLS, ids=str)
 def test_copies_keep_their_places(copies, B, rows, num_splits, H, out_dtype):
     trace(B, *rows, H, num_splits, out_dtype)
+    check(copies)
+
+
+def check(copies):
     assert copies
     for source, target in copies:
         assert misplaced(source if is_shared(source) else target) == []
         if is_shared(source):
             assert too_wide(target) == []
+
+
+@pytest.mark.parametrize("attends", [False, True], ids=["attended", "attends"])
+@pytest.mark.parametrize("name", test_fused_attend.HEADS)
+def test_copies_of_a_layer_keep_their_places(copies, monkeypatch, name, attends):
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    attended, x, weights = test_fused_layer.structs(name)
+    if attends:
+        attended = jax.eval_shape(lambda: test_fused_attend.attend_to(name, 0, 9))
+
+    def call(attended, x, weights):
+        slots = fused_layer.new_slots(attended, weights)
+        return fused_layer.run(attended, x, weights, slots, 1, 3e-5)
+
+    jax.jit(call).trace(attended, x, weights)
+    check(copies)
 
 
 def test_copies_out_of_place_are_noticed(copies):
