@@ -9,8 +9,8 @@ B batch, T tokens of a chunk, V vocabulary, n tokens of a dispatch.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +62,21 @@ class DecodedTokens:
     top_logprobs: Array
 
 
-class StaticModel(NamedTuple):
-    """All of a model but its arrays. Hashable, so that jit can key on it."""
+@dataclasses.dataclass(frozen=True)
+class StaticModel:
+    """All of a model but its arrays. Hashable, so that jit can key on it, which it does several
+    times a call: the hash of a large model's graph takes milliseconds, so it is computed once."""
 
     graph: Any
     structure: Any
     sharding: Sharding
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.graph, self.structure, self.sharding))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def merge(self, leaves: list[Array]) -> Llama:
         """The model with these arrays."""

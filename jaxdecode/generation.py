@@ -195,6 +195,9 @@ class _Run:
         self._filled = filled[: len(encoded)] or [0] * len(encoded)
         self._implementation = implementation
         self._model = SplitModel(model)
+        self._runs_ahead = _has_own_processor(self._model.leaves[0])
+        self._begun = 0  # tokens per row
+        self._ahead: DecodedTokens | None = None
         self._place = model.sharding.place
         remaining = self._per_row([params.max_tokens] * len(encoded), idle=0)
         self._state: DecodeState = start_state(model, cache, remaining)
@@ -242,17 +245,29 @@ class _Run:
 
     def decode(self, num_steps: int) -> list[Chunk]:
         """Generates up to `num_steps` tokens per row. Returns the first row's as chunks."""
-        with self._watch.phase("generation"):
-            self._state, made = decode(
-                self._model.static, self._model.leaves, self._state, self._sampling, self._stop_ids,
-                num_steps=num_steps, num_logprobs=self._params.logprobs or 0,
-                implementation=self._implementation,
-            )  # fmt: skip
+        with self._watch.phase("generation", since_last=self._ahead is not None):
+            made = self._ahead or self._begin(num_steps)
+            # Begun before these are read, or the device would wait for the host.
+            more = self._runs_ahead and self._begun < self._params.max_tokens
+            self._ahead = self._begin(num_steps) if more else None
             made = jax.device_get(made)
         first_step = max(len(row.tokens) for row in self.rows)
+        running = [row.finish_reason is None for row in self.rows]
         chunks = [self._take(made, r, first_step) for r in range(len(self.rows))]
-        self._truncate()
+        still = [row.finish_reason is None for row in self.rows]
+        if running != still and any(still):
+            self._let_finished_idle(still)
         return chunks[0]
+
+    def _begin(self, num_steps: int) -> DecodedTokens:
+        """What the device makes of `num_steps` more tokens per row, some time."""
+        self._begun += num_steps
+        self._state, made = decode(
+            self._model.static, self._model.leaves, self._state, self._sampling, self._stop_ids,
+            num_steps=num_steps, num_logprobs=self._params.logprobs or 0,
+            implementation=self._implementation,
+        )  # fmt: skip
+        return made
 
     def _take(self, made: DecodedTokens, r: int, first_step: int) -> list[Chunk]:
         """Gives one dispatch's tokens to row r; what comes after its stop string is dropped."""
@@ -270,24 +285,27 @@ class _Run:
             chunks.append(Chunk(text, token, logprobs if wanted else None))
         return chunks
 
-    def _truncate(self) -> None:
-        """Makes the device forget what the rows dropped, and lets finished rows idle."""
+    def _let_finished_idle(self, running: list[bool]) -> None:
+        """Tells the device what it cannot know: which rows have a stop string."""
+        self._state = dataclasses.replace(
+            self._state,
+            remaining=self._state.remaining * self._place(self._per_row(running, idle=0), "B"),
+        )
+
+    def _cache(self) -> KVCache:
+        """The cache without what the rows dropped."""
         kept = [
             filled + len(row.prompt) + len(row.tokens)
             for filled, row in zip(self._filled, self.rows, strict=True)
         ]
-        running = [row.finish_reason is None for row in self.rows]
-        self._state = dataclasses.replace(
-            self._state,
-            cache=self._state.cache.truncate(self._place(self._per_row(kept, idle=0), "B")),
-            remaining=self._state.remaining * self._place(self._per_row(running, idle=0), "B"),
-        )
+        return self._state.cache.truncate(self._place(self._per_row(kept, idle=0), "B"))
 
     def results(self) -> list[Result]:
         stats = self._watch.stats(
             prompt_tokens=sum(len(row.prompt) for row in self.rows),
             generated_tokens=sum(len(row.tokens) for row in self.rows),
         )
+        cache = self._cache()
         return [
             Result(
                 tokens=row.tokens,
@@ -296,10 +314,16 @@ class _Run:
                 logprobs=row.logprobs if self._params.logprobs is not None else None,
                 seed=self.seed,
                 stats=stats,
-                cache=self._state.cache,
+                cache=cache,
             )
             for row in self.rows
         ]
+
+
+def _has_own_processor(array: jax.Array) -> bool:
+    """Whether its devices compute beside the host. Where they are the host, tokens that are begun
+    ahead and then not wanted would keep it from what comes next."""
+    return all(device.platform != "cpu" for device in array.devices())
 
 
 def _stop_ids(model: Llama, tokenizer: Any, params: SamplingParams) -> list[int]:

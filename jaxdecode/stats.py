@@ -16,7 +16,8 @@ class Stats:
 
     Attributes:
       prompt_tokens, generated_tokens: over all sequences.
-      prompt_seconds, generation_seconds: on the clock, without compilation.
+      prompt_seconds, generation_seconds: on the clock, without compilation. While tokens are
+        generated ahead, what the host does meanwhile counts too, the reader of a stream included.
       compile_seconds: spent in calls that compiled.
     """
 
@@ -44,10 +45,12 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds = {"prompt": 0.0, "generation": 0.0, "compile": 0.0}
+        self._end = 0.0
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a block as "prompt" or "generation"; what JAX compiles in it is counted apart."""
+    def phase(self, name: str, *, since_last: bool = False) -> Iterator[None]:
+        """Times a block as "prompt" or "generation"; what JAX compiles in it is counted apart. With
+        `since_last`, the time from the end of the last block on belongs to it."""
         compiled = 0.0
 
         def on_duration(event: str, duration_secs: float, **_: str | int) -> None:
@@ -56,11 +59,12 @@ class Stopwatch:
                 compiled += duration_secs
 
         jax.monitoring.register_event_duration_secs_listener(on_duration)
-        start = time.perf_counter()
+        start = self._end if since_last else time.perf_counter()
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - start
+            self._end = time.perf_counter()
+            elapsed = self._end - start
             jax.monitoring.unregister_event_duration_listener(on_duration)
             compiled = min(compiled, elapsed)
             self._seconds["compile"] += compiled

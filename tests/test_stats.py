@@ -38,6 +38,20 @@ def test_phases_add_up():
     assert stats.compile_seconds == 0
 
 
+def test_a_phase_may_begin_where_the_last_one_ended():
+    watch = Stopwatch()
+    with watch.phase("generation"):
+        pass
+    time.sleep(0.05)
+    with watch.phase("generation", since_last=True):
+        pass
+    assert 0.05 <= watch.stats(0, 0).generation_seconds < 2
+    time.sleep(0.05)
+    with watch.phase("prompt"):
+        pass
+    assert watch.stats(0, 0).prompt_seconds < 0.05
+
+
 def test_compilation_is_counted_apart_and_once():
     watch = Stopwatch()
     compiled = jax.jit(lambda x: jnp.sort(jnp.tanh(x @ x), axis=-1).sum())
