@@ -1,6 +1,6 @@
 """Decoding speed on one GPU, beside the bound of its memory: one results file per chart.
 
-    python benchmarks/decode.py depth capacity prompt mha batch ragged [--output FOLDER]
+    python benchmarks/decode.py depth capacity call prompt mha batch ragged call_8b
 
 Weights are random: speed does not depend on their values. Each row is the mean of some dispatches
 of the step that `jaxdecode.generate` runs, with the read ceiling measured before in the same run.
@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,12 +27,13 @@ from typing import Any
 import fastertransformer
 import jax
 import jax.numpy as jnp
+import numpy as np
 from decode_cases import CHARTS, Case, Chart
 from runs import Clock, CompileAhead, Recorder, spoken_speed, tiny
 from source_hash import ROOT
 from timing import time_of
 
-from jaxdecode import bench
+from jaxdecode import SamplingParams, bench, generate
 from jaxdecode.errors import DeviceError
 from jaxdecode.memory import Workload
 from jaxdecode.models.config import PRESETS
@@ -107,7 +109,9 @@ def run_chart(
     chart, path = CHARTS[name], options.output / f"decode_{name}.json"
     recorder = Recorder(path, {"chart": name}, ceiling, clock)
     for case in cases(name, options):
-        if case.step_size is None:
+        if case.called:
+            row = functools.partial(measured_call, timer, case)
+        elif case.step_size is None:
             row = functools.partial(measured, chart, timer, case, recorder.rows)
         else:
             row = functools.partial(measured_prompt, timer, case)
@@ -132,6 +136,34 @@ def measured(
     known = any(x["depth"] == row["depth"] and not x["measured"] for x in rows)
     modelled = cost_model(timer, row) if chart.cost_model and not known else []
     return [*modelled, row]
+
+
+def measured_call(timer: bench.Bench, case: Case) -> list[dict[str, Any]]:
+    """The row of calls of `jaxdecode.generate`, which dispatches a few tokens at a time: of the
+    seconds after the prompt, which is one token, beside those of the same tokens in one dispatch.
+    """
+    model, batch, tokens = timer.model, len(case.lengths), timer.tokens
+    at_once = timer.decode(case.lengths, case.implementation, capacity=case.capacity)
+    before = [length - 1 for length in case.lengths]
+    cache = bench.filled_cache(model, before, at_once.capacity)
+    before = model.sharding.place(np.array(before, np.int32), "B")
+    params, seconds = SamplingParams(max_tokens=tokens, ignore_eos=True), []
+    for _ in range(timer.repetitions + 2):  # as many as a dispatch is given to warm up
+        result, *_ = generate(
+            model, None, [[0]] * batch, params, cache=cache, implementation=case.implementation
+        )
+        cache = result.cache.truncate(before)
+        seconds.append(result.stats.generation_seconds)
+    rate, deviation = bench.mean_and_deviation(batch * tokens, seconds[2:])
+    bound = at_once.bound_tok_s
+    return [
+        dataclasses.asdict(at_once) | {
+            "test": at_once.test.replace("tg", "call"), "tok_s": rate, "tok_s_std": deviation,
+            "seconds": statistics.fmean(seconds[2:]), "seconds_at_once": at_once.seconds,
+            "gb_s": rate and rate / batch * at_once.bytes_per_step / 1e9,
+            "fraction_of_bound": rate and rate / bound, "measured": True,
+        }
+    ]  # fmt: skip
 
 
 def measured_prompt(timer: bench.Bench, case: Case) -> list[dict[str, Any]]:
@@ -190,7 +222,7 @@ def shortened(case: Case) -> Case:
     """The case with --tiny; a given capacity keeps room for the tokens."""
     lengths = tuple(max(1, length // _TINY_SCALE) for length in case.lengths)
     capacity = None if case.capacity is None else 4 * case.capacity // _TINY_SCALE
-    return Case(lengths, case.implementation, capacity, case.step_size)
+    return dataclasses.replace(case, lengths=lengths, capacity=capacity)
 
 
 if __name__ == "__main__":

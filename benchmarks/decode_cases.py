@@ -21,18 +21,21 @@ class Case:
       implementation: of attention.
       capacity: of the cache; None for just enough.
       step_size: None to decode. Else the lengths are those of prompts, so many tokens at a time.
+      called: `jaxdecode.generate` is called, beside the same tokens in one dispatch.
     """
 
     lengths: tuple[int, ...]
     implementation: str
     capacity: int | None = None
     step_size: int | None = None
+    called: bool = False
 
     def __str__(self) -> str:
         low, high = min(self.lengths), max(self.lengths)
         depth = str(low) if low == high else f"{low}..{high}"
         what = "depth" if self.step_size is None else f"{self.step_size} at a time of a prompt of"
-        return f"{self.implementation}, batch {len(self.lengths)}, {what} {depth}"
+        how = ", called" if self.called else ""
+        return f"{self.implementation}, batch {len(self.lengths)}, {what} {depth}{how}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,14 @@ CHARTS = {
     "ragged": Chart(
         "llama-3.1-8b", "Llama-3.1-8B, 32 sequences of 512 to 16k tokens", None,
         tuple(Case(RAGGED, name) for name in ALL) + _at_depths((EVEN,), ALL, batch=32),
+    ),
+    "call": Chart(
+        "codellama-34b", "CodeLlama-34B, bfloat16, a call of generate", None,
+        tuple(Case((depth,), OURS, called=True) for depth in (512, 8 * K)),
+    ),
+    "call_8b": Chart(
+        "llama-3.1-8b", "Llama-3.1-8B, bfloat16, a call of generate", None,
+        tuple(Case((2 * K,) * batch, OURS, called=True) for batch in (1, 32)),
     ),
     "prompt": Chart(
         "codellama-34b", "CodeLlama-34B, bfloat16, time to the first token of a prompt", None,

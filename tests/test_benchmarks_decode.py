@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 
@@ -9,7 +10,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxdecode import bench
+from jaxdecode import bench, generate
 from jaxdecode.models.config import PRESETS
 from jaxdecode.models.kv_cache import round_up_capacity
 
@@ -51,6 +52,25 @@ def test_charts_of_one_model(decode, tmp_path, script, capsys):
     assert {"flash_decode", "flash_decode_nosplit"} <= missing
     assert len(rows) + len(results["left_out"]) == len(decode.CHARTS["depth"].cases)
     assert {row["capacity"] for row in files["capacity"]["rows"]} == {256}
+
+
+def test_calls_of_generate_beside_one_dispatch(decode, tmp_path, script, monkeypatch):
+    case = script("decode_cases").Case((2048, 2048), "xla", called=True)
+    chart = dataclasses.replace(decode.CHARTS["call"], cases=(case,))
+    monkeypatch.setitem(decode.CHARTS, "call", chart)
+    asked = []
+    monkeypatch.setattr(
+        decode, "generate", lambda *args, **rest: (asked.append(rest), generate(*args, **rest))[1]
+    )
+    status, files = run(decode, tmp_path, "call")
+    assert status == 0
+    (row,) = files["call"]["rows"]
+    assert (row["test"], row["batch"], row["tokens"]) == ("call2 @ d2", 2, 2)
+    assert row["seconds"] > 0 < row["seconds_at_once"]
+    assert row["fraction_of_bound"] == pytest.approx(row["tok_s"] / row["bound_tok_s"])
+    assert row["gb_s"] == pytest.approx(row["tok_s"] / 2 * row["bytes_per_step"] / 1e9)
+    assert [x["implementation"] for x in asked] == ["xla"] * 4
+    assert row["repetitions"] == 2
 
 
 def test_compiling_ahead_leaves_nothing_to_compile(decode, script, tmp_path, monkeypatch):
