@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 SCRIPT = pathlib.Path(__file__).with_name("sanitized_kernels.py")
 ERRORS_FOUND = 9

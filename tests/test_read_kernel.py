@@ -53,6 +53,7 @@ def test_gpu_reads_every_element():
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_gpu_ceiling_includes_the_kernel():
     ceiling = measure_read_ceiling()
     assert {"copy", "sum", "matvec", "tma", "tma2"} == ceiling.methods.keys()
