@@ -254,9 +254,8 @@ class _Run:
         first_step = max(len(row.tokens) for row in self.rows)
         running = [row.finish_reason is None for row in self.rows]
         chunks = [self._take(made, r, first_step) for r in range(len(self.rows))]
-        still = [row.finish_reason is None for row in self.rows]
-        if running != still and any(still):
-            self._let_finished_idle(still)
+        if running != [row.finish_reason is None for row in self.rows]:
+            self._let_finished_idle()
         return chunks[0]
 
     def _begin(self, num_steps: int) -> DecodedTokens:
@@ -285,8 +284,9 @@ class _Run:
             chunks.append(Chunk(text, token, logprobs if wanted else None))
         return chunks
 
-    def _let_finished_idle(self, running: list[bool]) -> None:
+    def _let_finished_idle(self) -> None:
         """Tells the device what it cannot know: which rows have a stop string."""
+        running = [row.finish_reason is None for row in self.rows]
         self._state = dataclasses.replace(
             self._state,
             remaining=self._state.remaining * self._place(self._per_row(running, idle=0), "B"),
