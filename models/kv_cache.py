@@ -132,11 +132,15 @@ class KVCache:
         return dataclasses.replace(self, lengths=jnp.minimum(self.lengths, kept))
 
 
+# Compiled, because of the time that the host takes for each of many arrays.
+_zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
+
+
 def _empty(
     num_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding
 ) -> KVCache:
     def layers() -> tuple[Array, ...]:
-        return tuple(sharding.constrain(jnp.zeros(shape, dtype), "BSKH") for _ in range(num_layers))
+        return tuple(sharding.constrain(_zeros(shape, dtype), "BSKH") for _ in range(num_layers))
 
     lengths = sharding.constrain(jnp.zeros(shape[0], jnp.int32), "B")
     return KVCache(layers(), layers(), lengths, sharding.parts("S"))
