@@ -22,8 +22,10 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/jaxdecode generate -p "$(PROMPT)"
 
+# Programs of tests run once, so compiling them well takes longer than it gains; the contract's
+# tests, which are among these, are compiled as for users.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest -n 2
 
 contract: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "contract and not gpu"
