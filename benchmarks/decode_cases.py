@@ -127,7 +127,7 @@ CHARTS = {
     ),
     "call": Chart(
         "codellama-34b", "CodeLlama-34B, bfloat16, a call of generate", None,
-        tuple(Case((depth,), OURS, called=True) for depth in (512, 8 * K)),
+        (Case((512,), OURS, called=True),),
     ),
     "call_8b": Chart(
         "llama-3.1-8b", "Llama-3.1-8B, bfloat16, a call of generate", None,

@@ -133,9 +133,7 @@ class CompileAhead:
     def __init__(self, dispatches: Sequence[Callable[[], bench.Dispatch]]):
         self._left = dispatches[1:]
         if self._left:
-            jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            compilation_cache.reset_cache()  # or a process without one stays without
+            keep_compiled()
 
     def __call__(self) -> None:
         with concurrent.futures.ThreadPoolExecutor(_COMPILE_THREADS) as pool:
@@ -143,6 +141,25 @@ class CompileAhead:
                 with contextlib.suppress(DeviceError):
                     pool.submit(dispatch().lower().compile)
         self._left = []
+
+
+def keep_compiled() -> None:
+    """From now on what is compiled goes into a compilation cache, if there is none yet."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()  # or a process without one stays without
+
+
+def seconds_to_compile_again(dispatch: bench.Dispatch) -> float:
+    """What a process takes for this step that finds it in the compilation cache: all traces and
+    compiled programs of this one are forgotten before."""
+    keep_compiled()
+    dispatch.lower().compile()
+    jax.clear_caches()
+    start = time.perf_counter()
+    dispatch.lower().compile()
+    return time.perf_counter() - start
 
 
 def spoken_speed(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -30,6 +31,19 @@ def run(decode, tmp_path, *arguments) -> tuple[int, dict[str, dict]]:
     files = {path: json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))}
     assert all(path.name == f"decode_{results['chart']}.json" for path, results in files.items())
     return status, {results["chart"]: results for results in files.values()}
+
+
+@contextlib.contextmanager
+def compilation_cache_of(script, folder, monkeypatch):
+    """Where benchmarks make one, and none afterwards."""
+    monkeypatch.setattr(script("runs").tempfile, "mkdtemp", lambda: str(folder))
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        compilation_cache.reset_cache()
 
 
 def test_charts_of_one_model(decode, tmp_path, script, capsys):
@@ -62,7 +76,24 @@ def test_calls_of_generate_beside_one_dispatch(decode, tmp_path, script, monkeyp
     monkeypatch.setattr(
         decode, "generate", lambda *args, **rest: (asked.append(rest), generate(*args, **rest))[1]
     )
-    status, files = run(decode, tmp_path, "call")
+    happened = []
+    again = decode.seconds_to_compile_again
+
+    def listening(dispatch):
+        jax.monitoring.register_event_listener(on_event)
+        try:
+            return again(dispatch)
+        finally:
+            jax.monitoring.unregister_event_listener(on_event)
+
+    def on_event(event, **details):
+        del details
+        happened.append(event)
+
+    monkeypatch.setattr(decode, "seconds_to_compile_again", listening)
+    with compilation_cache_of(script, tmp_path / "compiled", monkeypatch):
+        status, files = run(decode, tmp_path, "call")
+    assert len(list((tmp_path / "compiled").glob("jit_decode-*-cache"))) == 1
     assert status == 0
     (row,) = files["call"]["rows"]
     assert (row["test"], row["batch"], row["tokens"]) == ("call2 @ d2", 2, 2)
@@ -71,20 +102,16 @@ def test_calls_of_generate_beside_one_dispatch(decode, tmp_path, script, monkeyp
     assert row["gb_s"] == pytest.approx(row["tok_s"] / 2 * row["bytes_per_step"] / 1e9)
     assert [x["implementation"] for x in asked] == ["xla"] * 4
     assert row["repetitions"] == 2
+    assert row["compile_again_s"] > 0
+    assert "/jax/compilation_cache/cache_hits" in happened
 
 
 def test_compiling_ahead_leaves_nothing_to_compile(decode, script, tmp_path, monkeypatch):
     """One program for each of the two capacities: what is measured is what was compiled."""
     folder = tmp_path / "compiled"
-    monkeypatch.setattr(script("runs").tempfile, "mkdtemp", lambda: str(folder))
     jax.clear_caches()  # what is in memory is not written
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    try:
+    with compilation_cache_of(script, folder, monkeypatch):
         status, files = run(decode, tmp_path, "depth", "--compile-ahead")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
-        compilation_cache.reset_cache()
     assert status == 0
     assert {row["capacity"] for row in files["depth"]["rows"]} == {128, 256}
     assert len(list(folder.glob("jit_decode-*-cache"))) == 2
