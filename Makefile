@@ -24,8 +24,9 @@ demo: $(VENV)/.installed
 
 # Programs of tests run once, so compiling them well takes longer than it gains; the contract's
 # tests, which are among these, are compiled as for users.
+test: export XLA_FLAGS := --xla_backend_optimization_level=0 $(XLA_FLAGS)
 test: $(VENV)/.installed
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2
 
 contract: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "contract and not gpu"
