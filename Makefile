@@ -22,9 +22,9 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/jaxdecode generate -p "$(PROMPT)"
 
-# Programs of tests run once, so compiling them well takes longer than it gains; the contract's
-# tests, which are among these, are compiled as for users.
-test: export XLA_FLAGS := --xla_backend_optimization_level=0 $(XLA_FLAGS)
+# Programs of tests run once, so compiling them well takes longer than it gains.
+test contract: export XLA_FLAGS := --xla_backend_optimization_level=0 $(XLA_FLAGS)
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
