@@ -29,14 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decode_cases import CHARTS, Case, Chart
-from runs import (
-    Clock,
-    CompileAhead,
-    Recorder,
-    seconds_to_compile_again,
-    spoken_speed,
-    tiny,
-)
+from runs import Clock, CompileAhead, Recorder, spoken_speed, tiny
 from source_hash import ROOT
 from timing import time_of
 
@@ -167,7 +160,6 @@ def measured_call(timer: bench.Bench, case: Case) -> list[dict[str, Any]]:
         dataclasses.asdict(at_once) | {
             "test": at_once.test.replace("tg", "call"), "tok_s": rate, "tok_s_std": deviation,
             "seconds": statistics.fmean(seconds[2:]), "seconds_at_once": at_once.seconds,
-            "compile_again_s": seconds_to_compile_again(dispatch_of(timer, case)),
             "gb_s": rate and rate / batch * at_once.bytes_per_step / 1e9,
             "fraction_of_bound": rate and rate / bound, "measured": True,
         }

@@ -132,8 +132,10 @@ class CompileAhead:
 
     def __init__(self, dispatches: Sequence[Callable[[], bench.Dispatch]]):
         self._left = dispatches[1:]
-        if self._left:
-            keep_compiled()
+        if self._left and jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            compilation_cache.reset_cache()  # or a process without one stays without
 
     def __call__(self) -> None:
         with concurrent.futures.ThreadPoolExecutor(_COMPILE_THREADS) as pool:
@@ -141,25 +143,6 @@ class CompileAhead:
                 with contextlib.suppress(DeviceError):
                     pool.submit(dispatch().lower().compile)
         self._left = []
-
-
-def keep_compiled() -> None:
-    """From now on what is compiled goes into a compilation cache, if there is none yet."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        compilation_cache.reset_cache()  # or a process without one stays without
-
-
-def seconds_to_compile_again(dispatch: bench.Dispatch) -> float:
-    """What a process takes for this step that finds it in the compilation cache: all traces and
-    compiled programs of this one are forgotten before."""
-    keep_compiled()
-    for _ in range(2):  # what is in memory is not written
-        jax.clear_caches()
-        start = time.perf_counter()
-        dispatch.lower().compile()
-    return time.perf_counter() - start
 
 
 def spoken_speed(row: Row) -> str:

@@ -172,6 +172,12 @@ def run(
       (x, queries [1, 1, N, H] rotated, keys, values, slots).
     """
     numbers = jnp.array([turn, int(not is_last)], jnp.int32)
+    return _by_platform(attention, x, weights, append, slots, numbers, eps=eps)
+
+
+# One jit for the module, so that equal calls, such as a model's layers, share one trace.
+@functools.partial(jax.jit, static_argnames="eps")
+def _by_platform(attention, x, weights, append, slots, numbers, *, eps):
     operands = attention, x, weights, append, slots, numbers
     leaves, structure = jax.tree.flatten(operands)
 
@@ -218,7 +224,7 @@ def _add_and_norm(x, delta, scale, eps):
     return tuple(row[0, 0] for row in rows)
 
 
-# One jit for the module, so that equal calls, such as a model's layers, share one lowering.
+# A jit of its own, so that one kernel serves calls of which all is wanted, and less, as the last.
 @functools.partial(jax.jit, static_argnames="eps")
 def _forward(attention, x, weights, append, slots, turn, *, eps):
     from jaxdecode.pallas_kernels import layer_attention, layer_kernel

@@ -44,16 +44,21 @@ def add_and_norm(x: Array, delta: Array, scale: Array, eps: float) -> tuple[Arra
     Returns:
       (x + delta, (x + delta) / rms(x + delta) * scale), both [B, T, D] in that dtype.
     """
-    formula = functools.partial(plain, eps=eps)
     if (why_not(x.shape, x.dtype) or flash_decode.why_not_here()) is not None:
-        return formula(x, delta, scale)
-    kernel = functools.partial(_kernel, eps=eps)
+        return plain(x, delta, scale, eps=eps)
+    return _by_platform(*vary_alike(x, delta, scale), eps=eps)
+
+
+# One jit for the module, so that equal calls, such as a model's layers, share one trace.
+@functools.partial(jax.jit, static_argnames="eps")
+def _by_platform(x, delta, scale, *, eps):
+    kernel, formula = functools.partial(_kernel, eps=eps), functools.partial(plain, eps=eps)
     # Decided when it is lowered: a process with a GPU may compile this call for its CPU.
     return lax.platform_dependent(
-        *vary_alike(x, delta, scale),
+        x, delta, scale,
         cuda=lambda *operands: with_plain_gradient(kernel, formula, operands),
         default=formula,
-    )
+    )  # fmt: skip
 
 
 def plain(x: Array, delta: Array, scale: Array, *, eps: float) -> tuple[Array, Array]:
@@ -93,7 +98,7 @@ def _kernel(x: Array, delta: Array, scale: Array, *, eps: float) -> tuple[Array,
     return total.reshape(x.shape), normed.reshape(x.shape)
 
 
-# One jit for the module, so that equal calls, such as a model's layers, share one lowering.
+# A jit of its own, so that one kernel serves calls of which both results are wanted, and one.
 @functools.partial(jax.jit, static_argnames=("eps", "parts"))
 def _rows(x, delta, scale, *, eps, parts):
     from jaxdecode.pallas_kernels import norm_kernel

@@ -42,8 +42,7 @@ def rotate_and_append(
     operands = (q, kv, cos, sin, slots, keys, values)
     if why_not(q, keys) is not None:
         return plainly(*operands)
-    q, keys, values = with_plain_gradient(_forward, plainly, vary_alike(*operands))
-    return q, keys, values
+    return _differentiable(*vary_alike(*operands))
 
 
 def why_not(q: Any, keys: Any) -> str | None:
@@ -89,7 +88,14 @@ def write_slots(cache: Array, new: Array, slots: Array) -> Array:
     )
 
 
-# One jit for the module, so that equal calls, such as a model's layers, share one lowering.
+# One jit for the module, so that equal calls, such as a model's layers, share one trace.
+@jax.jit
+def _differentiable(*operands):
+    q, keys, values = with_plain_gradient(_forward, plainly, operands)
+    return q, keys, values
+
+
+# A jit of its own, so that calls of which less is wanted share its lowering.
 @jax.jit
 def _forward(q, kv, cos, sin, slots, keys, values):
     from jaxdecode.pallas_kernels import rope_append_kernel

@@ -195,6 +195,7 @@ def run_once(attended, x, weights):
     return fused_layer.run(attended, x, weights, slots, 1, EPS)[:2]
 
 
+@jax.jit  # as `run` is, or other products would be rounded
 def plainly(attended, x, weights):
     return fused_layer.plain(attended, x, weights, None, None, None, eps=EPS)[:2]
 
