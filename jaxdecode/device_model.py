@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import jax
 
-# psum of [1, 8192] bfloat16 over 4 H200s of one host, NCCL, jax 0.11.2 (2 GPUs: 14). An all-gather
-# of as little took as long. For other GPUs an assumption.
+# What a step waits for a sum of a few kilobytes over the GPUs of a host, and for a gather likewise:
+# one through NCCL takes 15 to 19 us on two H200s. For other GPUs an assumption.
 _COLLECTIVE_US = 16.0
 # What reaching another host adds: all-reduce of 8 to 64 bytes between two A100 hosts over HDR
 # InfiniBand, one GPU of each, as reported in github.com/NVIDIA/nccl-tests issue 150. More hosts
 # take longer. For other networks an assumption.
 _HOST_COLLECTIVE_US = 19.0
-# What a layer takes beyond reading its bytes: small kernels, launches, gaps, slow starts of the
-# matrix-vector products. CodeLlama-34B in a plain JAX decoder with XLA's attention ran 61.0 tok/s
-# at 512 tokens on one H200: 16.4 ms a token, of which 67.1 GB at 4.6 TB/s take 14.6 ms; the rest is
-# that of 48 layers. For other GPUs an assumption.
-_LAYER_US = 38.0
+# How fast a step is beside its bound: the share of the reading rate that it reaches, and what each
+# layer takes beyond that, in slow starts, gaps and small kernels. A layer is one kernel where one
+# device decodes one sequence. They fit the steps of benchmarks/results/h200 within 8 %, and most
+# within 3 %. For other GPUs an assumption.
+_READ_SHARE = 0.95
+_LAYER_US, _LONE_LAYER_US = 26.0, 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,9 @@ class Speeds:
       host_link_gb_s: to other hosts, for each GPU, likewise.
       collective_us: a collective of a few kilobytes inside a host, in microseconds.
       host_collective_us: what it takes longer when it leaves the host.
-      layer_us: what a layer takes beyond reading its bytes.
+      read_share: of read_tb_s, what a step reaches.
+      layer_us: what a layer takes beyond reading its bytes at that rate.
+      lone_layer_us: likewise, of one sequence on one device.
     """
 
     read_tb_s: float
@@ -52,7 +55,9 @@ class Speeds:
     host_link_gb_s: float
     collective_us: float = _COLLECTIVE_US
     host_collective_us: float = _HOST_COLLECTIVE_US
+    read_share: float = _READ_SHARE
     layer_us: float = _LAYER_US
+    lone_layer_us: float = _LONE_LAYER_US
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +93,8 @@ DEVICES: dict[str, DeviceModel] = {
         name="NVIDIA H100 80GB HBM3", memory=80 * 10**9,
         speeds=Speeds(read_tb_s=3.35, read_source="datasheet", **_HOPPER),
     ),
-    # The datasheet says 4.8 TB/s. 4.6 is what a split-KV kernel read from 64k to 512k tokens, and
-    # 4.58 XLA's largest matrix-vector product (jax 0.11.2); no results file holds that yet.
+    # The datasheet says 4.8 TB/s; what could be read was 4.54 to 4.66 in the runs whose results are
+    # in benchmarks/results/h200.
     "h200": DeviceModel(
         name="NVIDIA H200", memory=141 * 10**9,
         speeds=Speeds(read_tb_s=4.6, read_source="assumed", **_HOPPER),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 
 class DecodeError(ValueError):
-    """Base of every error that a user's input or file causes; the command line exits with 2."""
+    """Base of every error that a user's input or file causes; the command line exits with 2, or
+    with 1 where memory ran out."""
 
 
 class RequestError(DecodeError):

@@ -1,9 +1,8 @@
 """Tokens per second that a mesh of devices can reach, from a model of memory, compute and links.
 
 The bound is what one device must at least read and compute for a token of each of its sequences,
-at its full speeds. The prediction adds what each layer and each collective takes beyond that. Both
-are arithmetic on the figures in `device_model`: until benchmark results of the same shape stand
-beside them, take a prediction for an estimate.
+at its full speeds. The prediction reads a little slower, and adds what each layer and each
+collective takes beyond that. Both are arithmetic on the figures in `device_model`.
 
 B sequences on one device; D, V, L, N, K, H as in `models.config`.
 """
@@ -53,16 +52,19 @@ def speed(work: Workload, sharding: Sharding, speeds: Speeds, devices_per_host: 
     """The bound and the prediction for any number of devices and hosts."""
     num_bytes = _bytes_read(work, sharding)
     reading = num_bytes / (speeds.read_tb_s * 1e12)
-    bound = max(reading, _decode_flops(work, sharding) / (speeds.tflop_s * 1e12))
-    layers = work.config.num_layers * speeds.layer_us * 1e-6
+    computing = _decode_flops(work, sharding) / (speeds.tflop_s * 1e12)
+    working = max(reading / speeds.read_share, computing)
+    is_alone = work.batch == sharding.num_devices == 1
+    layer_us = speeds.lone_layer_us if is_alone else speeds.layer_us
+    layers = work.config.num_layers * layer_us * 1e-6
     talking = sum(
         seconds(collective, sharding, speeds, devices_per_host)
         for collective in collectives(work, sharding)
     )
     return Speed(
         bytes_per_step=num_bytes,
-        bound_tok_s=work.batch / bound,
-        predicted_tok_s=work.batch / (bound + layers + talking),
+        bound_tok_s=work.batch / max(reading, computing),
+        predicted_tok_s=work.batch / (working + layers + talking),
         prefill_seconds=prefill_flops(work, sharding) / (speeds.tflop_s * 1e12),
     )
 

@@ -1,12 +1,11 @@
 """Which kernels serve a problem of which size: the crossover points, in one table.
 
-cuDNN is in no row of it, though told no lengths of full caches it is up to some percent faster for
+cuDNN is in no row of it, though told no lengths of full caches it is up to a percent faster for
 some batches (benchmarks/results/h200/attention.json). But a call comes with lengths that only the
-device knows, and what sees nothing must get zeros. With lengths, and its empty rows zeroed, cuDNN
-took 24.5 us for 256 sequences of 256 tokens (16/2 heads), 22.7 for 128 x 512, 21.4 for 64 x 1024,
-123.4 for 64 x 8192. That may win 2 % where lengths are equal, and loses much where they are not:
-for 32 of 512 to 65536 tokens almost half. The plan, which the layers of a step share, is not
-counted: 17 to 36 us for 16 to 1024 sequences ("once_us" in those results).
+device knows, and what sees nothing must get zeros: what cuDNN wins where lengths are equal it loses
+many times where they are not. For 32 of 512 to 65536 tokens it takes almost twice as long. The
+plan, which the layers of a step share, is not counted: 15 to 24 us for 16 to 256 sequences
+("once_us" in those results).
 
 All points were measured on an H200 with bfloat16 and head_dim 128. They are rules of the shapes
 alone: an H100 has the same multiprocessors, and who finds other points there changes them here.

@@ -55,7 +55,8 @@ def jaxdecode_command(
 
     Text goes to stdout, everything else to stderr.
 
-    Exit codes: 1 internal error, 2 mistake in the request or its files, 130 interrupted.
+    Exit codes: 1 internal error or memory that ran out, 2 mistake in the request or its files, or
+    one that cannot fit, 130 interrupted.
     """
 
 

@@ -283,7 +283,7 @@ def _speed_lines(answer: dict[str, Any]) -> list[str]:
         f"each device reads in a step: {readable_bytes(answer['bytes_per_step'])}, "
         f"at {answer['read_tb_s']} TB/s ({answer['read_source']})",
         f"bound: {answer['bound_tok_s']:.1f} tok/s with the cache full",
-        f"predicted: {answer['predicted_tok_s']:.1f} tok/s, estimated, not yet measured",
+        f"predicted: {answer['predicted_tok_s']:.1f} tok/s, estimated",
         f"a prompt that fills the cache: at least {answer['prefill_seconds']:.1f} s",
     ]
 
