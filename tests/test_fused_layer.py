@@ -147,9 +147,10 @@ def places(product: Product) -> list[list[tuple[int, int]]]:
     """(column block, step) of each thread block's steps, in its order."""
     n = product.num_blocks
     blocks = jnp.arange(n, dtype=jnp.int32)
-    counts = np.asarray(jax.vmap(lambda block: share_of(product, block).count)(blocks))
+    # In a jit each, or every operation would be a program.
+    counts = np.asarray(jax.jit(jax.vmap(lambda block: share_of(product, block).count))(blocks))
     steps = jnp.arange(counts.max(), dtype=jnp.int32)
-    place = jax.vmap(lambda block: jax.vmap(share_of(product, block).place)(steps))
+    place = jax.jit(jax.vmap(lambda block: jax.vmap(share_of(product, block).place)(steps)))
     columns, rows = map(np.asarray, place(blocks))
     return [
         list(zip(columns[b, :count].tolist(), rows[b, :count].tolist(), strict=True))
@@ -180,8 +181,8 @@ def test_the_first_owner_of_a_column_finishes_it(name, num_blocks):
         if not product.shared:
             continue
         columns = jnp.arange(product.shared, dtype=jnp.int32)
-        share = share_of(product, jnp.int32(0))
-        owners = np.stack(jax.vmap(share.owners)(columns), axis=1).tolist()
+        owners = jax.jit(jax.vmap(share_of(product, jnp.int32(0)).owners))(columns)
+        owners = np.stack(owners, axis=1).tolist()
         for column, (first, last) in enumerate(owners):
             assert sharing(product, column) == list(range(first, last + 1))
             assert last - first < product.parts
