@@ -11,10 +11,7 @@ from jaxdecode.models.llama import Llama
 
 def filled_lengths(model: Llama, cache: KVCache) -> list[int]:
     """Tokens in each row of a given cache, after checking that it is usable and the model's own."""
-    if cache.lengths.is_deleted():
-        raise RequestError(
-            "cache was donated to an earlier call; use the cache in that call's results"
-        )
+    refuse_donated(cache)
     config = model.config
     expected = (config.num_layers, config.num_kv_heads, config.head_dim)
     found = (len(cache.keys), *cache.keys[0].shape[2:])
@@ -25,7 +22,9 @@ def filled_lengths(model: Llama, cache: KVCache) -> list[int]:
         )
     place, weights = cache.keys[0].sharding, model.embed[...].sharding
     if model.sharding.mesh is None:
-        fits = cache.num_parts == 1 and place.num_devices == weights.num_devices
+        # Under `jax.set_mesh` what a step makes is on all of its devices, whole.
+        whole = place.num_devices == weights.num_devices or place.is_fully_replicated
+        fits = cache.num_parts == 1 and whole
     else:
         fits = place.is_equivalent_to(model.sharding.named("BSKH"), 4)
     if not fits:
@@ -34,6 +33,15 @@ def filled_lengths(model: Llama, cache: KVCache) -> list[int]:
             "make it with model.init_cache(batch_size, capacity)"
         )
     return model.sharding.fetch(cache.lengths).tolist()
+
+
+def refuse_donated(cache: KVCache) -> None:
+    """Raises RequestError if an earlier call wrote into this cache; a part of it, such as its
+    lengths, may be newer than that."""
+    if any(array.is_deleted() for array in jax.tree.leaves(cache)):
+        raise RequestError(
+            "cache was donated to an earlier call; use the cache in that call's results"
+        )
 
 
 def _shown(place: jax.sharding.Sharding) -> str:

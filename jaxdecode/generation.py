@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdecode.cache_room import filled_lengths, room_for
+from jaxdecode.cache_room import filled_lengths, refuse_donated, room_for
 from jaxdecode.decode_loop import (
     DecodedTokens,
     DecodeState,
@@ -195,12 +195,12 @@ class _Run:
         self._filled = filled[: len(encoded)] or [0] * len(encoded)
         self._implementation = implementation
         self._model = SplitModel(model)
-        self._runs_ahead = _has_own_processor(self._model.leaves[0])
         self._begun = 0  # tokens per row
         self._ahead: DecodedTokens | None = None
         self._place = model.sharding.place
         remaining = self._per_row([params.max_tokens] * len(encoded), idle=0)
         self._state: DecodeState = start_state(model, cache, remaining)
+        self._runs_ahead = _has_own_processor(self._state.cache.lengths)
         indices = sample_indices(encoded) + [0] * idle
         self._sampling = SamplingArrays.create(params, self.seed, indices)
         # Padded, so that the number of stop ids makes no new compilation.
@@ -225,6 +225,7 @@ class _Run:
 
     def prefill(self, step_size: int, on_prefill: Any = None) -> None:
         """Runs the prompts, `step_size` tokens of each at a time."""
+        refuse_donated(self._state.cache)  # a stream begins some time after it was asked for
         lengths = self._per_row([len(row.prompt) for row in self.rows], idle=0)
         longest = int(lengths.max())
         with self._watch.phase("prompt"):
@@ -342,7 +343,9 @@ def _text_stream(tokenizer: Any, params: SamplingParams) -> TextStream | None:
                 f"stop={params.stop!r} needs a tokenizer; without one use stop_token_ids"
             )
         return None
-    known = getattr(tokenizer, "vocab_size", None)
+    # Other tokenizers, as those of transformers, do not count added tokens as their vocabulary.
+    counted = hasattr(tokenizer, "__len__")
+    known = len(tokenizer) if counted else getattr(tokenizer, "vocab_size", None)
 
     def decode_known(ids: list[int]) -> str:
         # A model may have more rows than its tokenizer has tokens, for a round number.

@@ -6,6 +6,7 @@ The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from typing import Any
 
@@ -114,7 +115,9 @@ class SamplingArrays:
     def create(cls, params: SamplingParams, seed: int, sample_indices: list[int]) -> SamplingArrays:
         """`sample_indices` [B] tell samples of the same prompt apart."""
         # A key takes 32 bits of a seed; the rest, where there is one, is folded in.
-        key = jax.random.key(seed & 0xFFFFFFFF)
+        # By the generator whose draws for a row do not depend on the rows beside it, whatever JAX
+        # is told to use elsewhere.
+        key = jax.random.key(seed & 0xFFFFFFFF, impl="threefry2x32")
         if seed >> 32:
             key = jax.random.fold_in(key, seed >> 32)
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
@@ -160,7 +163,8 @@ def sample(logits: Array, seen: Array, positions: Array, sampling: SamplingArray
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     filtered = filter_logits(shifted / sampling.temperature, sampling)
     keys = jax.vmap(jax.random.fold_in)(sampling.keys, positions)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    gumbel = functools.partial(jax.random.gumbel, shape=logits.shape[1:], dtype=logits.dtype)
+    noise = jax.vmap(gumbel)(keys)
     return jnp.argmax(filtered + noise, axis=-1).astype(jnp.int32)
 
 

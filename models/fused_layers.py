@@ -15,6 +15,7 @@ from jaxdecode.models.kv_cache import KVCache
 from jaxdecode.pallas_kernels import fused_layer
 from jaxdecode.pallas_kernels.decode_attention import visible_ranges
 from jaxdecode.pallas_kernels.fused_layer import LayerWeights
+from jaxdecode.pallas_kernels.varying import varying_axes
 
 if TYPE_CHECKING:
     from jaxdecode.models.llama import Block, Partial, Step
@@ -33,6 +34,8 @@ def why_not(blocks: Sequence[Block], x: Array, step: Step) -> str | None:
     weights = _weights_between(blocks[0], blocks[1])
     if x.dtype != weights.o.dtype:
         return f"the embedding is {x.dtype} and the layers are {weights.o.dtype}"
+    if any(varying_axes(leaf) for leaf in jax.tree.leaves((x, weights, step.num_tokens))):
+        return "the step is inside shard_map and differs between devices"
     return fused_layer.why_not(weights)
 
 

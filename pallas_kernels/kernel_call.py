@@ -48,17 +48,24 @@ def with_plain_gradient(
       kernel, plain: compute the same from the operands.
       operands: inside shard_map, varying over the same axes.
     """
-    one = jax.custom_batching.custom_vmap(lambda *operands: tuple(kernel(*operands)))
+
+    # Inside shard_map a kernel's results would count as equal on all devices. Those that vmap makes
+    # of the formula are of the right type already: the cast is not around both.
+    @jax.custom_batching.custom_vmap
+    def one(*operands: Array) -> tuple[Array, ...]:
+        return _varying_as(operands, kernel(*operands))
 
     @one.def_vmap
     def many(size: int, mapped: tuple[bool, ...], *operands: Array) -> tuple[Any, Any]:
         results = jax.vmap(plain, [0 if flag else None for flag in mapped], 0, axis_size=size)(
             *operands
         )
-        return results, tuple(True for _ in results)
+        return _varying_as(operands, results), tuple(True for _ in results)
 
-    results = one(*operands)
-    # Inside shard_map a kernel's results would count as equal on all devices.
+    return one(*operands)
+
+
+def _varying_as(operands, results):
     return vary_alike(*results, *operands)[: len(results)]
 
 

@@ -30,19 +30,25 @@ TEMPLATE = (
 SPECIAL = ("<s>", "</s>")
 
 
-def make_model(directory: Path, *, template: str | None = TEMPLATE, tokenizer: bool = True) -> Path:
-    """A model with random weights, a token per byte; at temperature 0 it writes letters only."""
+def make_model(
+    directory: Path, *, template: str | None = TEMPLATE, tokenizer: bool = True, more_rows: int = 0
+) -> Path:
+    """A model with random weights, a token per byte; at temperature 0 it writes letters only. Rows
+    that no token has are often the likeliest."""
     backend = _byte_tokenizer()
     bos, eos = map(backend.token_to_id, SPECIAL)
     config = LlamaConfig(
-        vocab_size=backend.get_vocab_size(), embed_dim=32, ffw_dim=64, num_layers=2, num_q_heads=4,
-        num_kv_heads=2, head_dim=8, max_positions=MAX_POSITIONS, dtype="float32",
+        vocab_size=backend.get_vocab_size() + more_rows, embed_dim=32, ffw_dim=64, num_layers=2,
+        num_q_heads=4, num_kv_heads=2, head_dim=8, max_positions=MAX_POSITIONS, dtype="float32",
         bos_id=bos, eos_ids=(eos,),
     )  # fmt: skip
     made = Tokenizer(backend, bos_id=bos, eos_ids=(eos,), chat_template=template)
     params = Llama(config, rngs=nnx.Rngs(7), dtype=jnp.float32).params()
     letters = jnp.array([backend.token_to_id(letter) for letter in string.ascii_letters])
-    params["head"] = jnp.zeros_like(params["head"]).at[:, letters].set(params["head"][:, letters])
+    head = jnp.zeros_like(params["head"]).at[:, letters].set(params["head"][:, letters])
+    if more_rows:
+        head = head.at[:, -more_rows:].set(2 * head[:, letters[:1]])
+    params["head"] = head
     model = Llama.from_params(config, params)
     export_safetensors(model, directory, made if tokenizer else None)
     return directory

@@ -149,6 +149,33 @@ def test_logprobs_as_text_on_stderr(ask):
     assert sum(line.startswith("logprob ") for line in err.splitlines()) == 8
 
 
+def test_logprobs_of_rows_that_no_token_has(cli, tmp_path):
+    directory = make_model(tmp_path / "padded", more_rows=3)
+    arguments = (
+        "generate",
+        "-m",
+        directory,
+        "-p",
+        "hello",
+        "-n",
+        8,
+        "--ignore-eos",
+        "--logprobs",
+        4,
+    )
+    code, out, err = cli(*arguments, "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    last = load(directory)[1].vocab_size
+    assert max(answer["tokens"]) >= last
+    for token in answer["logprobs"]:
+        for other in token["top"]:
+            assert (other["text"] == "") == (other["token"] >= last)
+    code, _, err = cli(*arguments)
+    assert code == 0, err
+    assert "logprob '' " in err
+
+
 # Mistakes of the user
 
 

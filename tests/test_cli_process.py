@@ -175,6 +175,23 @@ def test_stdout_holds_only_json_and_compiled_programs_are_kept(process, model, t
     assert json.loads(out)["text"] == first["text"]
 
 
+@pytest.mark.parametrize("arguments", [(), ("--json",)], ids=str)
+def test_a_terminal_that_lacks_a_letter_gets_the_rest(process, model, arguments):
+    prelude = "import os\nos.environ['PYTHONIOENCODING'] = 'ascii'\n"
+    prelude += "import sys\nsys.stdout.reconfigure(encoding='ascii')\n"
+    prelude += "from jaxdecode import tokenizer\n"
+    prelude += "tokenizer.Tokenizer.decode = lambda self, ids: 'a\\u00e9' * len(ids)"
+    child = process(
+        "generate", "-m", model, "-p", "x", "-n", 3, "--ignore-eos", *arguments, prelude=prelude
+    )
+    out, err = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 0, err
+    if arguments:
+        assert json.loads(out)["text"] == 3 * "a\u00e9"
+    else:
+        assert out == 3 * b"a?" + b"\n"
+
+
 def test_cuda_without_its_plugin(process, model):
     child = process("generate", "-m", model, "-p", "x", platforms="cuda")
     out, err = child.communicate(timeout=PATIENCE)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 from naive_llama import naive_logits
 from test_fused_layer import distance, kernels_in, pretend_gpu, traced, with_kernels
@@ -99,7 +100,7 @@ def test_the_comparison_of_models_sees_weights_of_another_layer(monkeypatch, tra
 
 def test_which_steps_are_fused(pretend_gpu):
     model, one = make_model(), jnp.zeros((1, 1, CONFIG.embed_dim), jnp.bfloat16)
-    step = types.SimpleNamespace(sharding=Sharding())
+    step = types.SimpleNamespace(sharding=Sharding(), num_tokens=jnp.ones(1, jnp.int32))
     assert fused_layers.why_not(model.layers, one, step) is None
     for five in (jnp.tile(one, (1, 5, 1)), jnp.tile(one, (5, 1, 1))):
         assert "one token, not 5" in fused_layers.why_not(model.layers, five, step)
@@ -109,6 +110,28 @@ def test_which_steps_are_fused(pretend_gpu):
     wide = random_model(CONFIG, "float32")
     assert "embedding is bfloat16" in fused_layers.why_not(wide.layers, one, step)
     assert "['float32']" in fused_layers.why_not(wide.layers, one.astype("float32"), step)
+
+
+def test_rows_dealt_by_shard_map_are_not_fused(pretend_gpu):
+    """The kernel's slots belong to one device."""
+    model = make_model()
+    graph, state = nnx.split(model)
+    mesh = make_mesh((2, 1, 1))
+
+    def step(state, token, cache):
+        return nnx.merge(graph, state)(token, cache, implementation="xla")[0]
+
+    specs = P(), P("data"), P("data")
+    dealt = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    tokens = jnp.array([[3], [5]], jnp.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        why_not = fused_layers.why_not
+        patch.setattr(
+            fused_layers, "why_not", lambda *args: (seen.append(why_not(*args)), seen[-1])[1]
+        )
+        jax.jit(dealt).trace(state, tokens, model.init_cache(2, 128))
+    assert seen == ["the step is inside shard_map and differs between devices"]
 
 
 def kernels_of_a_step(model: Llama, implementation: str | None = "xla") -> tuple[int, int]:

@@ -20,7 +20,30 @@ from generation_runs import (
 from naive_llama import BOS, CONFIG, EOS, ChatTokenizer, ToyTokenizer, random_model
 
 from jaxdecode.models.kv_cache import KVCache
+from jaxdecode.models.llama import Llama
 from jaxdecode.results import Result, TokenLogprobs
+
+
+def test_weights_may_be_numpy_arrays():
+    params = {name: np.asarray(array) for name, array in random_model().params().items()}
+    model = Llama.from_params(CONFIG, params)
+    kept = {"max_tokens": 5, "ignore_eos": True}
+    assert run_one([5], model=model, **kept).tokens == run_one([5], **kept).tokens
+
+
+def test_added_tokens_of_other_tokenizers_are_text():
+    """Those of transformers count them in their length, not in their vocab_size."""
+
+    class WithAddedTokens(ToyTokenizer):
+        vocab_size = 10
+
+        def __len__(self) -> int:
+            return CONFIG.vocab_size
+
+    kept = {"max_tokens": 20, "ignore_eos": True}
+    expected = run_one([5], TOKENIZER, **kept)
+    assert max(expected.tokens) >= WithAddedTokens.vocab_size
+    assert run_one([5], WithAddedTokens(), **kept).text == expected.text
 
 
 # Greedy and sampled tokens

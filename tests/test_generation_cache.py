@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from generation_runs import PROMPTS, SAMPLED, SMALL, TOKENIZER, cached, naive_greedy, run, run_one
+from jax.sharding import AxisType
 from naive_llama import BOS, jitted, random_model
 
 from jaxdecode.errors import RequestError
@@ -89,6 +91,16 @@ def test_text_that_continues_gets_no_second_beginning():
 def test_an_empty_cache_of_ones_own_is_like_none():
     cache = random_model().init_cache(1, 100)
     assert run_one([5], max_tokens=9, ignore_eos=True, cache=cache).tokens == naive_greedy((5,), 9)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_continuing_under_a_mesh_that_the_model_is_not_on(kind):
+    expected = run_one(PROMPTS[0], max_tokens=7, ignore_eos=True).tokens
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(kind,))):
+        first = run_one(PROMPTS[0], max_tokens=3, ignore_eos=True)
+        cache = first.cache.truncate(first.cache.lengths - 1)
+        second = run_one(first.tokens[-1:], max_tokens=4, ignore_eos=True, cache=cache)
+    assert first.tokens + second.tokens == expected
 
 
 def test_a_cache_may_go_beyond_the_trained_positions():

@@ -81,9 +81,20 @@ def test_a_cache_of_another_model_is_refused(fields):
 
 def test_a_cache_given_away_is_refused():
     cache = random_model().init_cache(1, 128)
+    shorter = cache.truncate(0)  # has other lengths, but the same keys and values
     run([[1]], max_tokens=2, cache=cache)
+    for given_away in (cache, shorter):
+        with pytest.raises(RequestError, match="cache was donated to an earlier call"):
+            run([[1]], max_tokens=2, cache=given_away)
+
+
+def test_of_two_streams_into_one_cache_the_second_is_refused():
+    model, params = random_model(), SamplingParams(max_tokens=2, ignore_eos=True)
+    cache = model.init_cache(1, 128)
+    first, second = (stream_generate(model, None, [1], params, cache=cache) for _ in range(2))
+    assert len(list(first)) > 0
     with pytest.raises(RequestError, match="cache was donated to an earlier call"):
-        run([[1]], max_tokens=2, cache=cache)
+        next(second)
 
 
 def test_stop_strings_need_a_tokenizer():

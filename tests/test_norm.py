@@ -147,6 +147,19 @@ def test_inside_shard_map_results_vary_like_the_rows(monkeypatch):
         jax.jit(everywhere).trace(*operands)
 
 
+def test_vmap_inside_shard_map_and_around_it(monkeypatch):
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
+    call = functools.partial(norm.add_and_norm, eps=EPS)
+    mesh, (x, delta, scale) = make_mesh((2, 2, 1)), inputs(2, 1, 256, jnp.float32)
+    many = jnp.stack([x] * 4), jnp.stack([delta] * 4), scale
+    options = {"mesh": mesh, "in_specs": (P("data"), P("data"), P()), "out_specs": P("data")}
+    inside = jax.shard_map(jax.vmap(call, (0, 0, None)), **options)
+    around = jax.vmap(jax.shard_map(call, **options), (0, 0, None))
+    for mapped in (inside, around):
+        for one, other in zip(jax.jit(mapped)(*many), plain(x, delta, scale), strict=True):
+            np.testing.assert_allclose(one, jnp.stack([other] * 4), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "words"),
     [

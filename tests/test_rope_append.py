@@ -153,6 +153,14 @@ def test_inside_shard_map_results_vary_as_their_operands():
     with pytest.raises(ValueError, match="out_specs"):
         jax.jit(equal).trace(*arguments)
 
+    many = [jnp.stack([x] * 2, 1) for x in arguments]
+    options = {"mesh": mesh, "in_specs": P("data")}
+    inside = jax.shard_map(jax.vmap(rotate_and_append, 1), **options, out_specs=P(None, "data"))
+    around = jax.vmap(jax.shard_map(rotate_and_append, **options, out_specs=P("data")), 1)
+    wanted = [jnp.stack([x] * 2) for x in plainly(*arguments)]
+    for mapped in (inside, around):
+        assert_same_bits(jax.jit(mapped)(*many), wanted)
+
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),

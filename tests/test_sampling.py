@@ -277,6 +277,27 @@ def test_a_draw_does_not_depend_on_the_batch():
         assert tokens([row])[0] == together[row]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"jax_default_prng_impl": "rbg"}, {"jax_enable_x64": True}], ids=str
+)
+def test_a_draw_does_not_depend_on_how_jax_is_set(settings):
+    def tokens():
+        sampling = arrays(seed=3, indices=[0, 1, 0], temperature=1.3, top_k=15)
+        logits = jnp.asarray(np.tile(LOGITS, (3, 1)), jnp.float32)
+        where = jnp.arange(3, dtype=jnp.int32)
+        return np.asarray(sample(logits, jnp.zeros((3, V), bool), where, sampling))
+
+    usual = {name: getattr(jax.config, name) for name in settings}
+    expected = tokens()
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        np.testing.assert_array_equal(tokens(), expected)
+    finally:
+        for name, value in usual.items():
+            jax.config.update(name, value)
+
+
 @pytest.mark.parametrize("other", [{"seed": 2}, {"seed": 1 + 2**32}, {"indices": (1,)}], ids=str)
 def test_seeds_and_sample_indices_make_other_draws(other):
     base = {"seed": 1, "indices": (0,), "temperature": 1.0}

@@ -6,13 +6,14 @@ import os
 import sys
 
 from jaxdecode.cli.interrupts import EXIT_INTERRUPTED, watch_interrupts
-from jaxdecode.cli.output import Report
+from jaxdecode.cli.output import Report, accept_any_text
 
 
 def main() -> int:
     """Entry point of the process; returns its exit code."""
     report = Report()
     watch_interrupts(report.last_words)
+    accept_any_text()
     try:
         # Here, so that Ctrl-C is looked after from the first moment on.
         from jaxdecode.cli.app import run

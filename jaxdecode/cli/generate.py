@@ -239,7 +239,7 @@ def _json_logprobs(
         {
             "logprob": token.logprob,
             "top": [
-                {"token": other, "text": tokenizer.decode([other]), "logprob": logprob}
+                {"token": other, "text": _text_of(tokenizer, other), "logprob": logprob}
                 for other, logprob in token.top
             ],
         }
@@ -250,5 +250,10 @@ def _json_logprobs(
 def say_logprobs(report: Report, tokenizer: Tokenizer, result: Result) -> None:
     """One line per token on stderr, if they were asked for."""
     for token, logprobs in zip(result.tokens, result.logprobs or (), strict=False):
-        top = "  ".join(f"{tokenizer.decode([i])!r} {value:.3f}" for i, value in logprobs.top)
-        report.say(f"logprob {tokenizer.decode([token])!r} {logprobs.logprob:.3f}  top: {top}")
+        top = "  ".join(f"{_text_of(tokenizer, i)!r} {value:.3f}" for i, value in logprobs.top)
+        report.say(f"logprob {_text_of(tokenizer, token)!r} {logprobs.logprob:.3f}  top: {top}")
+
+
+def _text_of(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text. A model may have more rows than its tokenizer has tokens."""
+    return tokenizer.decode([token]) if token < tokenizer.vocab_size else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -107,6 +108,12 @@ def peak_memory(device: jax.Device | None) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def accept_any_text() -> None:
+    """Lets stdout show what its encoding lacks as question marks: that is no reason to end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def write_text(text: str) -> None:
     """Writes a piece of the answer to stdout at once; ends the run if nobody reads any more."""
     if not _write(sys.stdout, text.translate(_CONTROL_IN_TEXT) if sys.stdout.isatty() else text):
@@ -115,7 +122,8 @@ def write_text(text: str) -> None:
 
 def write_json(answer: dict[str, Any]) -> None:
     """Writes the answer as one JSON object on one line; numbers that are not finite become null."""
-    write_text(json.dumps(_finite(answer), ensure_ascii=False, allow_nan=False) + "\n")
+    escapes = not (sys.stdout.encoding or "").lower().startswith("utf")
+    write_text(json.dumps(_finite(answer), ensure_ascii=escapes, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
