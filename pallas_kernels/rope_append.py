@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxdecode.pallas_kernels import flash_decode
 from jaxdecode.pallas_kernels.kernel_call import with_plain_gradient
@@ -42,7 +43,7 @@ def rotate_and_append(
     operands = (q, kv, cos, sin, slots, keys, values)
     if why_not(q, keys) is not None:
         return plainly(*operands)
-    return _differentiable(*vary_alike(*operands))
+    return _by_platform(*vary_alike(*operands))
 
 
 def why_not(q: Any, keys: Any) -> str | None:
@@ -90,7 +91,12 @@ def write_slots(cache: Array, new: Array, slots: Array) -> Array:
 
 # One jit for the module, so that equal calls, such as a model's layers, share one trace.
 @jax.jit
-def _differentiable(*operands):
+def _by_platform(*operands):
+    # Decided when it is lowered: a process with a GPU may compile this call for its CPU.
+    return lax.platform_dependent(*operands, cuda=_with_kernel, default=plainly)
+
+
+def _with_kernel(*operands):
     q, keys, values = with_plain_gradient(_forward, plainly, operands)
     return q, keys, values
 

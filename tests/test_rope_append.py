@@ -37,6 +37,12 @@ def pretend_gpu(monkeypatch):
     monkeypatch.setattr(flash_decode, "why_not_here", lambda: None)
 
 
+@pytest.fixture
+def through_kernel(monkeypatch):
+    """As when it is compiled for a GPU: on the CPU for the interpreter."""
+    monkeypatch.setattr(rope_append, "_by_platform", rope_append._with_kernel)
+
+
 def operands(B=2, T=3, N=4, K=2, H=128, dtype=jnp.bfloat16, cache_dtype=jnp.bfloat16, slots=SLOTS):
     """Of `rotate_and_append`, with NaN in every slot of the caches that is not written."""
     rng = np.random.default_rng(0)
@@ -76,14 +82,16 @@ def assert_same_bits(found, expected):
         (4, 4, 2, 2, 384, "bfloat16", "float16"),
     ],
 )
-def test_interpreted_it_rounds_as_the_plain_formula(interpreter, B, T, N, K, H, dtype, cache_dtype):
+def test_interpreted_it_rounds_as_the_plain_formula(
+    interpreter, through_kernel, B, T, N, K, H, dtype, cache_dtype
+):
     arguments = operands(B, T, N, K, H, dtype, cache_dtype)
     found, expected = rotate_and_append(*arguments), plainly(*arguments)
     assert_same(found, expected, dtype)
     assert_same_bits(found[2:], expected[2:])
 
 
-def test_only_real_slots_are_written(interpreter):
+def test_only_real_slots_are_written(interpreter, through_kernel):
     _, keys, values = rotate_and_append(*operands(4, 4))
     for cache in (keys, values):
         written = np.isfinite(np.asarray(cache, np.float32)).all(axis=(2, 3))
@@ -92,7 +100,7 @@ def test_only_real_slots_are_written(interpreter):
         ]  # fmt: skip
 
 
-def test_gradient_is_that_of_the_plain_formula():
+def test_gradient_is_that_of_the_plain_formula(through_kernel):
     q, kv, cos, sin, slots, keys, values = operands(cache_dtype=jnp.float32)
     arrays = q, kv, jnp.asarray(cos), jnp.asarray(sin), *(jnp.ones_like(x) for x in (keys, values))
 
@@ -200,7 +208,7 @@ def model_step(model, tokens, cache):
     return model(tokens, cache, num_tokens=num_tokens, implementation="xla")
 
 
-def test_a_model_says_the_same_with_and_without(monkeypatch):
+def test_a_model_says_the_same_with_and_without(monkeypatch, through_kernel):
     model = Llama(CONFIG, nnx.Rngs(0))
     tokens = jnp.array([[1, 2, 3], [4, 5, 6]], jnp.int32)
     cache = dataclasses.replace(model.init_cache(2, S), lengths=jnp.array([9, S - 1], jnp.int32))
@@ -208,6 +216,22 @@ def test_a_model_says_the_same_with_and_without(monkeypatch):
         found = jax.tree.leaves(model_step(model, tokens, cache))
     monkeypatch.setattr(rope_append, "why_not", lambda q, keys: "not here")
     assert_same_bits(found, jax.tree.leaves(model_step(model, tokens, cache)))
+
+
+def test_a_process_with_a_gpu_may_decode_on_its_cpu(monkeypatch):
+    model, tokens = Llama(CONFIG, nnx.Rngs(0)), jnp.array([[1], [4]], jnp.int32)
+    graph, state = nnx.split(model)
+
+    def step(state, tokens, cache):
+        return model_step(nnx.merge(graph, state), tokens, cache)
+
+    found = jax.tree.leaves(jax.jit(step)(state, tokens, model.init_cache(2, S)))
+    monkeypatch.setattr(flash_decode, "why_not_here", lambda: "no GPU")
+    expected = jax.tree.leaves(jax.jit(step)(state, tokens, model.init_cache(2, S)))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0.02, atol=0.02
+        )
 
 
 @pytest.mark.parametrize("axes", [("tensor", "seq"), ("data", "seq"), ("data", "tensor")], ids=str)
