@@ -112,7 +112,7 @@ def test_which_steps_are_fused(pretend_gpu):
     assert "['float32']" in fused_layers.why_not(wide.layers, one.astype("float32"), step)
 
 
-def test_rows_dealt_by_shard_map_are_not_fused(pretend_gpu):
+def test_rows_dealt_by_shard_map_are_not_fused():
     """The kernel's slots belong to one device."""
     model = make_model()
     graph, state = nnx.split(model)
