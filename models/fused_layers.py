@@ -53,22 +53,24 @@ def run_layers(
     x, normed = blocks[0].attn_norm(x, result, step)
     q, kv = blocks[0].attn.project(normed, step)
     q, cache = blocks[0].attn.append(q, kv, cache, step)
+    visible = visible_ranges(
+        cache.lengths + step.num_tokens, 1, cache.capacity, q_start=cache.lengths,
+        window=blocks[0].attn.window,
+    )  # fmt: skip
     slots = None
     # The first layer stands for the one that the last does not have behind it.
     for turn, (block, following) in enumerate(
         zip(blocks, [*blocks[1:], blocks[0]], strict=True), 1
     ):
         weights, is_last = _weights_between(block, following), turn == len(blocks)
-        attention = _attention(block, weights, q, cache, step)
+        attention = _attention(block, weights, q, cache, visible, step)
         if slots is None:
             slots = fused_layer.new_slots(attention, weights)
         operands = attention, x.reshape(-1), weights, slots, turn, block.mlp_norm.eps
         layer = following.attn.layer
         keys, values = cache.keys[layer], cache.values[layer]
         if fused_layer.can_append(weights, keys):
-            append = fused_layer.Append(
-                step.cos, step.sin, cache.slots(1, step.num_tokens), keys, values
-            )
+            append = fused_layer.Append(step.cos, step.sin, step.slots, keys, values)
             row, q, keys, values, slots = fused_layer.run(*operands, append, is_last=is_last)
             cache = cache.with_layer(layer, keys, values)
         else:
@@ -81,17 +83,14 @@ def run_layers(
 
 
 def _attention(
-    block: Block, weights: LayerWeights, q: Array, cache: KVCache, step: Step
-) -> Array | fused_layer.Attend:
+    block: Block, weights: LayerWeights, q: Array, cache: KVCache,
+    visible: tuple[Array, Array], step: Step,
+) -> Array | fused_layer.Attend:  # fmt: skip
     """What a block's heads attend to, if the kernel does that too, or what they find."""
     keys, values = cache.keys[block.attn.layer], cache.values[block.attn.layer]
     is_chosen = step.implementation in (None, "flash_decode") and step.num_splits is None
     if not (is_chosen and fused_layer.can_attend(weights, q, keys)):
         return block.attn.attend(q, cache, step).reshape(-1)
-    visible = visible_ranges(
-        cache.lengths + step.num_tokens, 1, keys.shape[1], q_start=cache.lengths,
-        window=block.attn.window,
-    )  # fmt: skip
     return fused_layer.Attend(q, keys, values, *visible)
 
 

@@ -40,6 +40,7 @@ class Step:
 
     Attributes:
       num_tokens: [B] int32, real tokens of each row in this call.
+      slots: [B, T] int32, where they go in the cache, as `KVCache.slots` says.
       cos, sin: [B, T, 1, H / 2] rotations at the tokens' positions.
       implementation, num_splits: passed to decode_attention.
       sharding: how the arrays are cut.
@@ -47,6 +48,7 @@ class Step:
     """
 
     num_tokens: Array
+    slots: Array
     cos: Array
     sin: Array
     implementation: str | None
@@ -116,10 +118,8 @@ class Attention(nnx.Module):
 
     def append(self, q: Array, kv: Array, cache: KVCache, step: Step) -> tuple[Array, KVCache]:
         """The queries rotated, and the cache with the new tokens."""
-        slots = cache.slots(q.shape[1], step.num_tokens, step.sharding.index("S"))
-        q, keys, values = rotate_and_append(
-            q, kv, step.cos, step.sin, slots, cache.keys[self.layer], cache.values[self.layer]
-        )
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        q, keys, values = rotate_and_append(q, kv, step.cos, step.sin, step.slots, keys, values)
         return q, cache.with_layer(self.layer, keys, values)
 
     def _attend(self, q: Array, cache: KVCache, step: Step) -> Array:
@@ -238,9 +238,13 @@ class Llama(nnx.Module):
         last: bool, implementation: str | None, num_splits: int | None,
     ) -> tuple[Array, KVCache]:  # fmt: skip
         """The step on one device; logits [B, T or 1, V] of its part of the vocabulary."""
-        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        T = tokens.shape[1]
+        positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         cos, sin = rope_table(self.config, positions)
-        step = Step(num_tokens, cos, sin, implementation, num_splits, self.sharding, mailboxes)
+        slots = cache.slots(T, num_tokens, self.sharding.index("S"))
+        step = Step(
+            num_tokens, slots, cos, sin, implementation, num_splits, self.sharding, mailboxes
+        )
         result = self._embed(tokens)
         x = jnp.zeros_like(result.x)
         if fused_layers.why_not(self.layers, x, step) is None:
