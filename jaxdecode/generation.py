@@ -180,10 +180,15 @@ class _Run:
         self, model: Llama, tokenizer: Any, prompts: Any, params: SamplingParams,
         cache: KVCache | None, implementation: str | None, *, sizes: tuple[int, ...] = (),
     ):  # fmt: skip
-        filled = [] if cache is None else filled_lengths(model, cache)
-        encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size, filled)
-        stop_ids = _stop_ids(model, tokenizer, params)
-        check_same(model.sharding, (encoded, params, stop_ids, implementation, sizes))
+        what = "prompts and sampling values"
+        try:
+            filled = [] if cache is None else filled_lengths(model, cache)
+            encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size, filled)
+            stop_ids = _stop_ids(model, tokenizer, params)
+        except Exception as error:
+            check_same(model.sharding, f"refused: {error}", what)  # or the others would wait
+            raise
+        check_same(model.sharding, (encoded, params, stop_ids, implementation, sizes), what)
         idle = -len(encoded) % model.sharding.data
         cache = room_for(model, encoded, idle, params.max_tokens, cache, filled)
         self.seed = random_seed(model.sharding) if params.seed is None else params.seed

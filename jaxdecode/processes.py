@@ -179,12 +179,13 @@ def _bind_address(coordinator: str | None) -> str | None:
     return coordinator if local else None
 
 
-def check_same(sharding: Sharding, request: Any) -> None:
+def check_same(sharding: Sharding, request: Any, what: str) -> None:
     """Checks that each process of a mesh was given the same request.
 
     Args:
       sharding: of the model; nothing happens unless its mesh spans several processes.
       request: anything whose repr says all that matters.
+      what: it is, for the message.
 
     Raises:
       RequestError: in every process, if they differ.
@@ -195,7 +196,7 @@ def check_same(sharding: Sharding, request: Any) -> None:
     others = [str(process) for process in sorted(said) if (said[process] != said[first]).any()]
     if others:
         raise RequestError(
-            f"not all processes were given the same prompts and sampling values as process {first} "
+            f"not all processes were given the same {what} as process {first} "
             f"(others: {', '.join(others)}); start every process with the same arguments"
         )
 

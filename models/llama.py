@@ -12,11 +12,13 @@ do nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxdecode.models import fused_layers
@@ -292,12 +294,13 @@ class Llama(nnx.Module):
 
     @classmethod
     def from_params(
-        cls, config: LlamaConfig, params: dict[str, Array], sharding: Sharding | None = None
-    ) -> Llama:
+        cls, config: LlamaConfig, params: Mapping[str, Array | np.ndarray],
+        sharding: Sharding | None = None,
+    ) -> Llama:  # fmt: skip
         """A model of given weights, named and shaped as in `param_shapes`; makes no random ones.
 
         With `sharding`, from `fit_mesh`, each weight should lie as `sharding.named` of its letters
-        in `param_letters` says, or every step moves it there.
+        in `param_letters` says, or every step moves it there; NumPy arrays are put there.
 
         Raises:
           ValueError: a weight is missing, unknown or of another shape.
@@ -307,12 +310,17 @@ class Llama(nnx.Module):
             found = params[name].shape if name in params else None
             if name not in shapes or found != shapes[name]:
                 raise ValueError(f"parameter {name}: found {found}, expected {shapes.get(name)}")
+        sharding, letters = sharding or Sharding(), param_letters(config)
+        params = {
+            name: sharding.place(x, letters[name]) if isinstance(x, np.ndarray) else x
+            for name, x in params.items()
+        }
         graph, state = nnx.split(nnx.eval_shape(lambda: cls(config)))
         flat = [
             (path, leaf.replace(params[_dotted(path)])) for path, leaf in nnx.to_flat_state(state)
         ]
         model = nnx.merge(graph, nnx.from_flat_state(flat))
-        model.sharding = sharding or Sharding()
+        model.sharding = sharding
         return model
 
 

@@ -108,8 +108,9 @@ def merge_columns(
     shares = out.reshape(B, T, N, n, H // n)
     weights = jnp.broadcast_to(lse[..., None, None], (B, T, N, n, 1))
     packed = jnp.concatenate([shares, weights], axis=-1)
-    parts = lax.all_to_all(packed, axis_name, split_axis=3, concat_axis=0)
-    return combine_partials(parts[..., :-1], parts[..., -1])[0]
+    # Tiled: of the other form JAX cannot take the gradient.
+    parts = lax.all_to_all(packed[None], axis_name, split_axis=4, concat_axis=0, tiled=True)
+    return combine_partials(parts[..., 0, :-1], parts[..., 0, -1])[0]
 
 
 def sharded_decode_attention(
@@ -194,7 +195,13 @@ class _Layout:
         """x where Explicit axes have to find it; over Auto axes JAX moves it itself."""
         if x is None or AxisType.Explicit not in self.mesh.axis_types:
             return x
-        return jax.reshard(x, NamedSharding(self.mesh, spec))
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        explicit = [
+            tuple(axis for axis in _names(axes) if types[axis] == AxisType.Explicit)
+            for axes in spec
+        ]
+        named = NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in explicit)))
+        return jax.reshard(x, named)
 
 
 # One jit for the module: outside of any, shard_map compiles every operation at every call.
@@ -247,11 +254,15 @@ def _checked_layout(
     return _Layout(mesh, seq_axis, batch_axis, head_axis, int(block))
 
 
+def _names(axes: AxisNames) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def _checked_axes(
     argument: str, axes: AxisNames, mesh: Mesh, dimension: str, size: int
 ) -> tuple[str, ...]:
     """The axes one by one, after checking that the mesh has them and that they divide `size`."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
+    names = _names(axes)
     for axis in names:
         if axis not in mesh.shape:
             raise ValueError(

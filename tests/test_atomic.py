@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from naive_llama import random_model
+from tiny_hf import assert_same_params
 
-from jaxdecode.checkpoint import atomic
+from jaxdecode.checkpoint import atomic, load, save
 from jaxdecode.checkpoint.atomic import new_directory, write_error
+from jaxdecode.checkpoint.export import export_safetensors
 from jaxdecode.errors import CheckpointError
 
 
@@ -25,6 +28,24 @@ def fill(path, text="weights"):
 
 def contents(path):
     return (path / "inner" / "file").read_text()
+
+
+@pytest.mark.parametrize("write", [save, export_safetensors])
+def test_models_go_where_the_path_leads(tmp_path, monkeypatch, write):
+    """Where a link leads, `..` is beside that."""
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    monkeypatch.chdir(tmp_path / "far" / "inner")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = random_model()
+    for path, place in (
+        ("../beside", "far/beside"), (tmp_path / "link" / ".." / "other", "far/other"),
+        ("~/home", "home"),
+    ):  # fmt: skip
+        write(model, path)
+        assert (tmp_path / place / "config.json").is_file()
+        assert_same_params(load(path)[0].params(), model.params())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "home", "link"]
 
 
 def test_new_directory(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import jax
 import pytest
@@ -111,6 +112,13 @@ def test_chat_over_a_mesh_continues_its_cache(cli, model):
 )  # fmt: skip
 def test_meshes_that_cannot_be_had(ask, mesh, message):
     assert message in fails(ask("-p", "hello", "--mesh", mesh))
+
+
+def test_a_mesh_without_one_of_the_processes():
+    """Refused in each of them, not only where the mesh has no device."""
+    devices = [types.SimpleNamespace(process_index=i // 4) for i in range(8)]
+    with pytest.raises(RequestError, match="takes 4 of 8 devices, none of process 1; start fewer"):
+        runtime.make_sharding(KV_HEADS, {"tensor": 2, "seq": 2}, devices)
 
 
 def test_auto_where_no_mesh_fits():

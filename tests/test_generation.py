@@ -28,7 +28,9 @@ def test_weights_may_be_numpy_arrays():
     params = {name: np.asarray(array) for name, array in random_model().params().items()}
     model = Llama.from_params(CONFIG, params)
     kept = {"max_tokens": 5, "ignore_eos": True}
-    assert run_one([5], model=model, **kept).tokens == run_one([5], **kept).tokens
+    expected = run_one([5], **kept).tokens
+    assert run_one([5], model=model, **kept).tokens == expected
+    assert run_one([5], model=model, cache=model.init_cache(1, 16), **kept).tokens == expected
 
 
 def test_added_tokens_of_other_tokenizers_are_text():

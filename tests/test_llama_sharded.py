@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_runs import count_compiles
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import ALL_SIZES, dealt, make_mesh, sharded_model, size_name
@@ -52,6 +53,24 @@ def filled(config: LlamaConfig) -> KVCache:
         for _ in range(2)
     )
     return KVCache(keys, values, jnp.asarray(LENGTHS, jnp.int32))
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (2, 2, 2)], ids=size_name)
+def test_gradients_are_those_of_one_device(sizes):
+    """Of everything that a bare call exchanges."""
+    tokens = jnp.asarray(TOKENS[:2, :5])
+
+    def gradients(model):
+        def loss(model):
+            return jnp.sum(jax.nn.log_softmax(model(tokens, model.init_cache(2, BLOCK))[0])[..., 3])
+
+        return nnx.jit(nnx.grad(loss))(model)
+
+    expected, found = (
+        jax.tree.map(np.asarray, nnx.to_pure_dict(gradients(model)))
+        for model in (random_model(GROUPED_QUERY), on_mesh(GROUPED_QUERY, sizes))
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found, expected)
 
 
 def spread(cache: KVCache, model: Llama, block: int = BLOCK) -> KVCache:

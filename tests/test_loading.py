@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from naive_llama import random_model
 from safetensors.numpy import save_file
 from tiny_hf import (
     BFLOAT16,
@@ -33,6 +34,24 @@ from jaxdecode.checkpoint import load, loading, open_source, save
 from jaxdecode.errors import CheckpointError, RequestError
 from jaxdecode.models.config import LlamaConfig
 from jaxdecode.models.llama import Llama
+
+
+def test_a_loaded_model_inside_set_mesh(tmp_path):
+    save(random_model(), tmp_path / "model")
+    model, _ = load(tmp_path / "model")
+    tokens = jnp.ones((1, 3), jnp.int32)
+    expected, _ = model(tokens, model.init_cache(1, 16))
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        found, _ = model(tokens, model.init_cache(1, 16))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_weights_stay_on_the_default_device_that_was_chosen(tmp_path):
+    save(random_model(), tmp_path / "model")
+    with jax.default_device(jax.devices()[3]):
+        model, _ = load(tmp_path / "model")
+    logits, _ = model(jnp.ones((1, 3), jnp.int32), model.init_cache(1, 16))
+    assert logits.devices() == {jax.devices()[3]}
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,10 @@ def run(directory):
     """What every process finds, over a mesh of which each of two holds a part of every axis."""
     devices = np.array(jax.devices()).reshape(2, 2, 2)
     mesh = jax.sharding.Mesh(devices, ("seq", "data", "tensor"))
+    own, other = jax.process_index(), {}
+    with contextlib.suppress(RequestError):
+        jd.load(directory, mesh=mesh, dtype=["float32", "bfloat16"][own])
+        other["dtype"] = "accepted"
     with counting_reads() as num_bytes:
         model, _ = jd.load(directory, mesh=mesh)
     found = {"bytes": sum(num_bytes), "devices": len(jax.local_devices())}
@@ -61,14 +65,16 @@ def run(directory):
     def generate(prompts=PROMPTS, **params):
         return jd.generate(model, None, prompts, jd.SamplingParams(max_tokens=10, **params))
 
+    # The last is refused by one of two processes.
+    for what, prompts in {"prompts": PROMPTS[: 2 + own], "token": [[5, 10**6 * own]]}.items():
+        with contextlib.suppress(RequestError):
+            generate(prompts)
+            other[what] = "accepted"
     for name, params in {"greedy": {}, "sampled": {**SAMPLED, "seed": 3}, "any": SAMPLED}.items():
         results = generate(**params)
         found[name] = [result.tokens for result in results]
         found[f"seed of {name}"] = results[0].seed
-    with contextlib.suppress(RequestError):
-        generate(PROMPTS[: 2 + jax.process_index()])
-        found["other prompts"] = "accepted"
-    return found
+    return {**found, "other": other}
 
 
 @contextlib.contextmanager
@@ -132,7 +138,8 @@ def test_two_processes_find_what_one_does(tiny, children):
     # Each reads its half, and the norms, which are whole on each device.
     assert max(result["bytes"] for result in found) < 0.7 * alone["bytes"]
     assert sum(result["bytes"] for result in found) >= alone["bytes"]
-    assert [result.get("other prompts") for result in (*found, alone)] == [None, None, "accepted"]
+    accepted = dict.fromkeys(("dtype", "prompts", "token"), "accepted")
+    assert [result["other"] for result in (*found, alone)] == [{}, {}, accepted]
 
 
 @pytest.fixture(scope="module")

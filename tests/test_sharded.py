@@ -218,6 +218,19 @@ def test_results_lie_as_the_queries_and_arrays_are_moved_where_they_belong(kind)
             assert x.sharding.is_equivalent_to(lies, x.ndim)
 
 
+@pytest.mark.parametrize("explicit", ["data", "seq"])
+def test_axes_of_both_kinds(explicit):
+    case = make_case([5, S], 1, 4, 2, 16, S=S)
+    kinds = tuple(
+        AxisType.Explicit if axis == explicit else AxisType.Auto for axis in ("data", "seq")
+    )
+    mesh = jax.make_mesh((2, 2), ("data", "seq"), axis_types=kinds)
+    inputs = [jnp.asarray(x) for x in (case.q, case.k, case.v, case.kv_len)]
+    for batch_axis in (None, "data"):
+        got = sharded_decode_attention(*inputs, mesh=mesh, batch_axis=batch_axis)
+        np.testing.assert_allclose(got, decode_attention(*inputs), atol=5e-6)
+
+
 # Invariance
 @functools.cache
 def jitted(count: int, block: int | None, window: int | None):

@@ -26,7 +26,7 @@ def load_params(
     source: WeightSource,
     dtype: str,
     *,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding | None] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """The weights of an opened model, by the names and shapes of `param_shapes(source.config)`.
@@ -45,7 +45,7 @@ def load_params(
     target = numpy_dtype(dtype)
     num_bytes = {name: math.prod(shape) * target.itemsize for name, shape in shapes.items()}
     if shardings is None:
-        shardings = dict.fromkeys(shapes, jax.device_put(np.zeros((), np.float32)).sharding)
+        shardings = dict.fromkeys(shapes, _default_place())
     params: dict[str, jax.Array] = {}
     done = 0
     for name, shape in shapes.items():
@@ -56,18 +56,29 @@ def load_params(
     return params
 
 
+def _default_place() -> jax.sharding.Sharding | None:
+    """Weights stay on a default device that somebody chose. Elsewhere they are not bound to theirs,
+    like any array of JAX's, so that they can be used inside `jax.set_mesh` too."""
+    if jax.config.jax_default_device is None:  # type: ignore[attr-defined]
+        return None
+    return jax.device_put(np.zeros((), np.float32)).sharding
+
+
 def _read(
     source: WeightSource,
     name: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     def span(index: Index | None) -> Span:
         # None is jax's word for all of a scalar.
         cuts = bounded(() if index is None else index, shape)
         return tuple((cut.start, cut.stop) for cut in cuts)
 
+    if sharding is None:
+        whole = span((slice(None),) * len(shape))
+        return jax.device_put(read_pieces(source, name, shape, {whole}, dtype)[whole])
     places = sharding.addressable_devices_indices_map(shape).values()
     pieces = read_pieces(source, name, shape, {span(index) for index in places}, dtype)
     return jax.make_array_from_callback(shape, sharding, lambda index: pieces[span(index)])

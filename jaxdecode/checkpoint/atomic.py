@@ -66,6 +66,16 @@ def hidden_directory(path: Path, number: int) -> Path:
     return path.with_name(f"{_hidden_prefix(path.name)}{number:08x}")
 
 
+def whole_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path, `~` and `..` of its folders followed as the file system does.
+
+    What libraries make of `..` differs: the text is shortened, which a link on the way makes
+    another place, or the path is refused.
+    """
+    path = Path(os.path.expanduser(path)).absolute()  # noqa: PTH111  # Path's raises without a home
+    return Path(os.path.realpath(path.parent)) / path.name
+
+
 def write_error(path: Path, error: BaseException) -> CheckpointError:
     """The error for a failed write to `path`; finds the disk's complaint in a library's message."""
     text = str(error)

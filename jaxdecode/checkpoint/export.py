@@ -13,13 +13,12 @@ import math
 import os
 import struct
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxdecode.checkpoint.atomic import new_directory
+from jaxdecode.checkpoint.atomic import new_directory, whole_path
 from jaxdecode.checkpoint.hf_config import write_config
 from jaxdecode.checkpoint.hf_layout import (
     Index,
@@ -86,7 +85,7 @@ def export_safetensors(
         float16, or this is one process of several.
       RequestError: dtype is not float32, bfloat16 or float16.
     """
-    path = Path(path).absolute()
+    path = whole_path(path)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         raise CheckpointError(
             f"{path}: several processes cannot export a model together; `save` it with them, load "

@@ -20,6 +20,7 @@ from jaxdecode.models.llama import Llama
 from jaxdecode.models.params import param_letters
 from jaxdecode.models.sharding import Sharding, describe, fit_mesh
 from jaxdecode.plan import explain_exhaustion
+from jaxdecode.processes import check_same
 
 if TYPE_CHECKING:
     from jaxdecode.tokenizer import Tokenizer
@@ -79,6 +80,8 @@ def load_model(
 ) -> Llama:  # fmt: skip
     """The model of an opened source, over the devices of `sharding`; dtype None: as `load`."""
     dtype = dtype or default_dtype(source)
+    devices = () if sharding.mesh is None else [d.id for d in sharding.mesh.devices.flat]
+    check_same(sharding, (source.config, dtype, sharding, devices), "model, dtype and mesh")
     letters = param_letters(source.config)
     places = None
     if sharding.mesh is not None:

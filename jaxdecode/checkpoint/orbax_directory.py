@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from jaxdecode.checkpoint.atomic import write_error
+from jaxdecode.checkpoint.atomic import whole_path, write_error
 from jaxdecode.checkpoint.files import shown
 from jaxdecode.checkpoint.hf_config import read_config, write_config
 from jaxdecode.checkpoint.hf_layout import Index, bounded
@@ -77,7 +77,7 @@ def save(model: Llama, path: str | os.PathLike[str], tokenizer: Tokenizer | None
         process alone of several. Nothing is left behind.
     """
     params = model.params()
-    path = Path(path).absolute()
+    path = whole_path(path)
     if any(letter in str(path.parent) for letter in "*?["):
         raise CheckpointError(
             f"{path}: Orbax cannot write below a directory with *, ? or [ in its name; "
@@ -211,7 +211,7 @@ class OrbaxDirectory:
         self.path = directory
         self.quantised = False
         with self._read_errors():
-            self._stores = _open_stores(directory.absolute() / WEIGHTS_NAME)
+            self._stores = _open_stores(directory.resolve() / WEIGHTS_NAME)
         self.tensors = {name: _info(store) for name, store in self._stores.items()}
         found = {name: info.shape for name, info in self.tensors.items()}
         check_shapes(directory, param_shapes(config), found, "save the model again")

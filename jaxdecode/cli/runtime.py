@@ -137,6 +137,12 @@ def make_sharding(
             f"--mesh {asked} needs {count} devices, but there are {len(devices)} "
             f"({devices[0].device_kind}); make it smaller, or let --mesh auto choose"
         )
+    taking_part = {device.process_index for device in devices[:count]}
+    if idle := {device.process_index for device in devices} - taking_part:
+        raise RequestError(
+            f"--mesh takes {count} of {len(devices)} devices, none of process {min(idle)}; "
+            "start fewer processes, or let --mesh auto take all devices"
+        )
     grid = np.array(devices[:count]).reshape(tuple(sizes.values()))
     return loading.checked_sharding(config, Mesh(grid, tuple(sizes)))
 
